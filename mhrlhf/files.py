@@ -83,14 +83,15 @@ def _text(path):
         line = Path(path).read_bytes()[:e.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
-# %% ../nbs/00_files.ipynb #fff19306
+# %% ../nbs/00_files.ipynb #70c64b87
 _COMMENT = re.compile(r'\s*(^|[,;\s])#(?![0-9A-Fa-f]{6}\b)[^",;]*$')
 
 def read_table(
     path,                # CSV file
     columns: tuple = (),  # columns that must be there
+    faults: list = None,  # collects the messages of broken lines; default: the first one is raised
 ) -> list:               # of `Row`
-    "All rows of a CSV; blank lines and lines that are only a comment are left out."
+    "All rows of a CSV; blank lines and lines that are only a comment are left out. Raises `InputError`."
     text = _text(path)
     header = next(iter(text.splitlines()), "")
     delimiter = ";" if header.count(";") > header.count(",") else ","
@@ -100,7 +101,11 @@ def read_table(
         raise InputError(f"{path}:1: missing column {', '.join(missing)}; the header has: {', '.join(names) or 'nothing'}")
     rows, line = [], reader.line_num + 1
     for cells in reader:
-        if row := _row(path, line, names, cells): rows.append(row)
+        try: row = _row(path, line, names, cells)
+        except InputError as e:
+            if faults is None: raise
+            row = faults.append(str(e))
+        if row: rows.append(row)
         line = reader.line_num + 1
     return rows
 

@@ -43,10 +43,15 @@ def pocket_folder(
     import os
     return Path(os.environ.get("MHRLHF_POCKET") or str(files("mhrlhf.pocket") / "weights")) / part
 
-# %% ../nbs/02_models.ipynb #41c21104
+# %% ../nbs/02_models.ipynb #39ecdb74
 def _missing(name, error):
     return InputError(f"weights of {name!r} are not on this machine and cannot be fetched ({type(error).__name__}); "
                       f"download them where there is a network (hf download {name}), copy the folder here and name it, or use the profile pocket")
+
+def _quiet():
+    "No bars for loading a file; the stages draw their own."
+    import diffusers, transformers
+    diffusers.utils.logging.disable_progress_bar(); transformers.utils.logging.disable_progress_bar()
 
 def load_pipeline(
     name: str = "pocket",  # "pocket", a local folder, or a hub id
@@ -56,8 +61,9 @@ def load_pipeline(
 ):  # a `StableDiffusionXLPipeline`, silent, in eval mode
     "Load an image model. Raises `InputError` if there are no weights."
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+    _quiet()
     where, device = str(pocket_folder("sdxl")) if name == "pocket" else name, choose_device(device)
-    options = dict(torch_dtype=choose_dtype(dtype, device), use_safetensors=True)
+    options = dict(dtype=choose_dtype(dtype, device), use_safetensors=True)
     try:
         if vae: options["vae"] = AutoencoderKL.from_pretrained(vae, **options)
         pipe = StableDiffusionXLPipeline.from_pretrained(where, add_watermarker=False, **options)
