@@ -10,7 +10,7 @@ import sys
 
 from .files import InputError
 
-# %% ../nbs/80_cli.ipynb #c0403ace
+# %% ../nbs/80_cli.ipynb #81aaaa7b
 DESCRIPTIONS = {
     "generate": "step 1: images from prompts",
     "annotate": "steps 2 and 3: rating sheet out, ratings in, completeness and agreement",
@@ -25,11 +25,12 @@ _MODULES = {"train-reward": "reward", "train-dspo": "dspo", "annotate": "ratings
 
 def _help():
     lines = [f"  {stage:<15}{text}" for stage, text in DESCRIPTIONS.items()]
-    return "\n".join(["usage: mhrlhf STAGE [--profile NAME] [--settings FILE] [options]", "", "From expert ratings to a tuned image model.", "",
+    return "\n".join(["usage: mhrlhf STAGE [--profile NAME] [--variant NAME] [--settings FILE] [options]", "", "From expert ratings to a tuned image model.", "",
                       "stages, in the order of the workflow:", *lines, "", "mhrlhf STAGE --help lists a stage's options with units and the profile's values.",
-                      "The profile is sdxl where a CUDA GPU with 12 GB is, else pocket; --profile or PROFILE= decide otherwise."])
+                      "The profile is sdxl where a CUDA GPU with 12 GB is, else pocket; --profile or PROFILE= decide otherwise.",
+                      "--variant dual takes the profile NAME-dual where settings.ini has one."])
 
-# %% ../nbs/80_cli.ipynb #c5e8ac76
+# %% ../nbs/80_cli.ipynb #5f5328da
 def _take(arguments, name, default):
     "Remove `--name value` or `--name=value` from the arguments."
     rest, value, it = [], default, iter(arguments)
@@ -46,10 +47,12 @@ def run_stage(
     "Read the settings and run a stage; returns the exit code."
     import importlib
     import tyro
-    from mhrlhf.settings import STAGES, choose_profile, load_settings
+    from mhrlhf.settings import STAGES, choose_profile, load_settings, profile_variant
     profile, arguments = _take(arguments, "profile", "")
     path, arguments = _take(arguments, "settings", "settings.ini")
+    variant, arguments = _take(arguments, "variant", "")
     profile, reason = choose_profile(profile)
+    profile = profile_variant(profile, variant, path)
     defaults = load_settings(stage, profile, path)
     settings = tyro.cli(STAGES[stage], prog=f"mhrlhf {stage}", description=DESCRIPTIONS[stage], default=defaults, args=arguments)
     print(f"profile {profile} ({reason})", flush=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'PipelineSettings', 'SamplingSettings', 'GenerateSettings', 'AnnotateSettings', 'TrainRewardSettings',
            'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings', 'MonitorSettings', 'TestPipelineSettings',
-           'profile_values', 'load_settings', 'choose_profile']
+           'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
 
 # %% ../nbs/01_settings.ipynb #c2da86c4
 from dataclasses import MISSING, dataclass, fields, replace
@@ -223,3 +223,13 @@ def choose_profile(
     if asked := os.environ.get("PROFILE", ""): return asked, "PROFILE is set"
     gb = _gpu_memory()
     return ("sdxl", f"a CUDA GPU with {gb:.0f} GB") if gb >= 11.5 else ("pocket", f"a GPU with only {gb:.0f} GB" if gb else "no CUDA GPU here")
+
+# %% ../nbs/01_settings.ipynb #ed954474
+def profile_variant(
+    profile: str,  # a profile's name
+    variant: str,  # such as "dual"; "": none
+    path="settings.ini",  # the file
+) -> str:
+    "`profile-variant` where the file has that section, else `profile`. Raises `InputError` without the file."
+    name = f"{profile}-{variant}"
+    return name if variant and _sections(path).has_section(name) else profile
