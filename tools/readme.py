@@ -41,7 +41,7 @@ def faults():
     return [str(README)] * (not README.exists() or README.read_text(encoding="utf-8") != text) + stale
 
 def main():
-    if "--check" in sys.argv: sys.exit("\n".join(f"{path}: not in step with nbs/index.ipynb; make readme" for path in faults()))
+    if "--check" in sys.argv: sys.exit("\n".join(f"{path}: not in step with nbs/index.ipynb; make readme" for path in faults()) or None)
     text, pictures = render()
     for old in IMAGES.glob("index-*.png"): old.unlink()
     if pictures: IMAGES.mkdir(exist_ok=True)

@@ -1,0 +1,97 @@
+"""The commands as a shell sees them: start-up time, help, refusals, and the Makefile's lines."""
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+import os, re, subprocess, sys
+
+import pytest
+
+from mhrlhf.cli import DESCRIPTIONS
+from mhrlhf.settings import STAGES, load_settings
+
+ROOT = Path(__file__).parent.parent
+MHRLHF = Path(sys.executable).parent / "mhrlhf"
+TARGETS = {"generate-images-dual": "generate", "generate-images-single": "generate", "annotate": "annotate", "train-reward": "train-reward",
+           "train-dspo": "train-dspo", "monitor-training": "monitor", "evaluate": "evaluate", "test-pipeline": "test-pipeline"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PROFILE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")} | {"COLUMNS": "200"}
+
+def run(*command, **more):
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=ENVIRONMENT | more, capture_output=True, text=True, timeout=120)
+
+def seconds(*command, times=5):
+    "Median wall time of a command, after one run that warms the disk."
+    def once():
+        start = perf_counter()
+        assert run(*command).returncode == 0
+        return perf_counter() - start
+    once()
+    return median(once() for _ in range(times))
+
+def test_import_is_quick():
+    bare, ours = seconds(sys.executable, "-c", "pass"), seconds(sys.executable, "-c", "import mhrlhf")
+    print(f"import mhrlhf: {ours:.2f} s, bare interpreter {bare:.2f} s")
+    assert ours < .3
+
+def test_help_is_quick():
+    assert seconds(MHRLHF, "--help") < 1
+
+@pytest.mark.parametrize("code", ["import mhrlhf", "from mhrlhf.cli import main; main(['--help'])", "from mhrlhf.settings import choose_profile; choose_profile()"])
+def test_start_up_needs_no_torch(code):
+    done = run(sys.executable, "-c", f"{code}; import sys; sys.exit([m for m in ('torch', 'numpy', 'pandas', 'matplotlib') if m in sys.modules] or None)")
+    assert done.returncode == 0, done.stderr
+
+def test_help_lists_every_stage():
+    assert set(DESCRIPTIONS) == set(STAGES)
+    text = run(MHRLHF, "--help").stdout
+    assert all(f"  {stage} " in text for stage in STAGES)
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_of_a_stage_shows_its_knobs_and_the_profiles_values(stage):
+    done = run(MHRLHF, stage, "--help", "--profile", "pocket")
+    assert done.returncode == 0, done.stderr
+    text = re.sub(r"[│\s]+", " ", done.stdout)
+    settings = load_settings(stage, "pocket", ROOT / "settings.ini")
+    for field in fields(STAGES[stage]):
+        assert f"--{field.name.replace('_', '-')}" in text
+        value = getattr(settings, field.name)
+        if value not in ("", ()) and not isinstance(value, bool): assert f"(default: {value})" in text, field.name
+
+@pytest.mark.parametrize("arguments, said", [
+    (["no-such-stage"], "no stage 'no-such-stage'"),
+    (["generate", "--profile", "no-such"], "no profile [no-such]"),
+    (["generate", "--settings", "no-such.ini"], "no-such.ini: no such file"),
+    (["generate", "--no-such-knob", "3"], "no-such-knob"),
+    (["generate", "--steps", "many"], "many"),
+])
+def test_bad_arguments_end_with_code_2_and_one_clear_message(arguments, said):
+    done = run(MHRLHF, *arguments, PROFILE="pocket") if "--profile" not in arguments else run(MHRLHF, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+def test_profile_comes_from_the_environment():
+    done = run(MHRLHF, "generate", "--help", PROFILE="sdxl")
+    assert "stable-diffusion-xl-base-1.0" in done.stdout
+    done = run(MHRLHF, "generate", "--variant", "dual", "--help", PROFILE="sdxl")
+    assert "generated_dual_gpu.csv" in done.stdout
+
+# The Makefile
+
+def make(*arguments, **more): return run("make", "--no-print-directory", "--assume-old=.venv/ready", *arguments, **more)
+
+@pytest.mark.parametrize("target, stage", TARGETS.items())
+def test_target_is_one_line(target, stage):
+    lines = make("--dry-run", target, "ARGS=--limit 3").stdout.splitlines()
+    assert len(lines) == 1 and re.fullmatch(rf"\.venv/bin/mhrlhf {stage} .*--limit 3", lines[0]), lines
+
+def test_dual_starts_two_processes():
+    assert "--processes 2" in make("--dry-run", "generate-images-dual").stdout
+
+def test_make_alone_lists_the_targets():
+    text = make().stdout
+    assert all(f"make {target} " in text for target in [*TARGETS, "setup", "test", "pocket", "readme", "notebooks", "clean", "help"])
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/mhrlhf").exists(), reason="this environment was not made by make setup")
+def test_profile_passes_through_make():
+    for done in (make("generate-images-single", "PROFILE=no-such"), make("generate-images-single", PROFILE="no-such")):
+        assert "no profile [no-such]" in done.stderr and done.returncode == 2
