@@ -348,10 +348,10 @@ def simulated_raters(
     draw = lambda spread: rng.normal(0, spread, len(index))
     return pd.DataFrame(dict(bias=draw(bias), scale=np.exp(draw(scale)), noise=noise * np.exp(draw(expertise))), index=index)
 
-# %% ../nbs/20_ratings.ipynb #dab5d22e
+# %% ../nbs/20_ratings.ipynb #614f83b5
 def _one_simulated(truth, who, rng, fatigue, missing):
     "One rater's answers, image × aspect, NaN where missing."
-    middle = truth.mean(0)
+    middle = truth.mean(axis=0)
     tired = 1 + fatigue * rng.permutation(len(truth))[:, None] / max(len(truth) - 1, 1)  # each in an order of their own
     seen = middle + (truth - middle) * who["scale"].values + who["bias"].values + rng.normal(size=truth.shape) * who["noise"].values * tired
     answers = np.clip(np.round(seen), LOWEST, HIGHEST)
