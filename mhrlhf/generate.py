@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['METADATA_COLUMNS', 'Prompt', 'read_prompts', 'image_seed', 'Sampler', 'image_is_sound', 'sample_images',
-           'read_metadata']
+           'read_metadata', 'write_image', 'image_row', 'append_rows', 'Task', 'plan_tasks', 'missing_images',
+           'settings_hash', 'order_metadata', 'Queue', 'Writer', 'work', 'progress_line', 'ProgressLine', 'join_group',
+           'one_thread', 'work_in_group', 'plain_faults', 'launched_worker', 'launch', 'prepare', 'run']
 
-# %% ../nbs/10_generate.ipynb #aa1dcaf5
+# %% ../nbs/10_generate.ipynb #a8eaa40e
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-import csv, hashlib, io, json, os, re, struct, subprocess, sys, threading, time, zlib
+from typing import get_type_hints
+import csv, errno, hashlib, io, json, os, re, select, shutil, signal, struct, subprocess, sys, tempfile, threading, time, zlib
 
 import numpy as np
 import pandas as pd
 from PIL import Image, PngImagePlugin
 from fastcore.basics import patch
 
-from .files import InputError, atomic_path, fingerprint, raise_faults, read_table, write_csv
+from .files import InputError, atomic_path, fingerprint, raise_faults, read_json, read_table, write_csv, write_json
 from .settings import GenerateSettings
 
 # %% ../nbs/10_generate.ipynb #3324ce72
@@ -158,3 +162,455 @@ def read_metadata(
     table = pd.DataFrame(list(newest.values()), columns=list(METADATA_COLUMNS), dtype=object)
     for name in ("seed", "steps", "guidance", "width", "height", "seconds", "bytes"): table[name] = pd.to_numeric(table[name], errors="coerce")
     return table.assign(seed=table["seed"].fillna(0).astype(int))
+
+# %% ../nbs/10_generate.ipynb #8fbd8ff0
+def write_image(
+    path,   # PNG to write
+    image,  # (h, w, 3) uint8
+    row: dict = None,  # its metadata, kept in the file
+):
+    "Write an image atomically."
+    info = PngImagePlugin.PngInfo()
+    if row: info.add_text("mhrlhf", json.dumps(row))
+    with atomic_path(path) as p: Image.fromarray(image).save(p, format="PNG", compress_level=1, pnginfo=info)
+
+# %% ../nbs/10_generate.ipynb #3da94a17
+def _png_chunks(data):
+    "The chunks of a PNG as (kind, content). Raises `ValueError` where it is damaged."
+    if data[:8] != b"\x89PNG\r\n\x1a\n": raise ValueError("no PNG")
+    at, kind = 8, b""
+    while kind != b"IEND":
+        if len(data) < at + 12: raise ValueError("cut off")
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if len(data) < end + 4 or zlib.crc32(memoryview(data)[at + 4:end]) != struct.unpack_from(">I", data, end)[0]: raise ValueError("damaged")
+        yield kind, memoryview(data)[at + 8:end]
+        at = end + 4
+
+def image_row(
+    path,  # a PNG
+):         # dict, or None
+    "What an image says of itself; `{}` if it is whole but says nothing, None if it is damaged or not there."
+    try: chunks = list(_png_chunks(Path(path).read_bytes()))
+    except (OSError, ValueError): return None
+    if not any(kind == b"IDAT" for kind, _ in chunks): return None
+    texts = (bytes(content) for kind, content in chunks if kind == b"tEXt")
+    return next((json.loads(t[7:]) for t in texts if t.startswith(b"mhrlhf\0")), {})
+
+# %% ../nbs/10_generate.ipynb #40f04a90
+def append_rows(
+    path,  # the metadata CSV; made if it is not there
+    rows,  # dicts of `METADATA_COLUMNS`
+):
+    "Append rows whole, also while other processes do."
+    import fcntl
+    text = io.StringIO(); writer = csv.DictWriter(text, METADATA_COLUMNS)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        size = f.seek(0, os.SEEK_END)
+        if size == 0: writer.writeheader()
+        else: _cut_torn_line(f, size)
+        writer.writerows(rows); f.write(text.getvalue().encode()); f.flush()
+
+def _cut_torn_line(file, size):
+    file.seek(max(size - 65536, 0)); tail = file.read()
+    if not tail.endswith(b"\n"): file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+# %% ../nbs/10_generate.ipynb #ea5c87e8
+@dataclass(frozen=True)
+class Task:
+    "One image to be."
+    prompt: Prompt
+    seed: int   # 0, 1, … of this prompt
+    path: str   # of the image, relative to the folder where the command runs, if it lies in it
+
+def plan_tasks(
+    settings: GenerateSettings,
+) -> list:  # of `Task`, a prompt's seeds next to each other
+    "Every image that the settings ask for. Raises `InputError` for bad prompts."
+    if settings.seeds < 1 or settings.batch < 1 or settings.processes < 1 or settings.steps < 1: raise InputError(
+        f"seeds {settings.seeds}, batch {settings.batch}, processes {settings.processes}, steps {settings.steps}: each must be 1 or more")
+    images, here = Path(settings.images), Path.cwd()
+    if images.is_absolute() and images.is_relative_to(here): images = images.relative_to(here)
+    return [Task(p, seed, f"{images.as_posix()}/{p.prompt_id}/{seed}.png")
+            for p in read_prompts(settings.prompts, settings.limit) for seed in range(settings.seeds)]
+
+# %% ../nbs/10_generate.ipynb #1e192d43
+def _untouched(stat, row):
+    try: return stat.st_size == int(row["bytes"]) and stat.st_mtime <= datetime.fromisoformat(row["created_at"]).timestamp()
+    except (KeyError, ValueError): return False
+
+def missing_images(
+    tasks: list,   # of `Task`
+    rows: dict,    # image path -> its row
+) -> list:         # indexes of tasks
+    "The tasks whose image is not there or is damaged."
+    missing = []
+    for i, task in enumerate(tasks):
+        try: stat = os.stat(task.path)
+        except OSError: missing.append(i); continue
+        if not _untouched(stat, rows.get(task.path, {})) and image_row(task.path) is None: missing.append(i)
+    return missing
+
+def _known_rows(path): return {r["image_path"]: r for r in _rows(path)} if Path(path).exists() else {}
+
+# %% ../nbs/10_generate.ipynb #5d3ac064
+_HASHED = ("pipeline", "vae", "dtype", "steps", "guidance_scale", "width", "height")
+
+def settings_hash(
+    settings,  # a `SamplingSettings`
+) -> str:
+    "A fingerprint of all that decides what an image looks like, except its prompt and seed."
+    return fingerprint({name: getattr(settings, name) for name in _HASHED})
+
+def _time(seconds): return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")
+
+def _own_row(task):
+    "The row of an image that the CSV does not know."
+    stat, said = os.stat(task.path), image_row(task.path)
+    known = dict(prompt_id=task.prompt.prompt_id, seed=task.seed, prompt=task.prompt.prompt, genre=task.prompt.genre, status="ok")
+    return dict.fromkeys(METADATA_COLUMNS, "") | known | said | dict(image_path=task.path, bytes=stat.st_size, created_at=_time(stat.st_mtime + 1e-6))
+
+# %% ../nbs/10_generate.ipynb #635900c1
+def order_metadata(
+    path,            # the metadata CSV
+    tasks: list,     # of `Task`
+    missing: list,   # indexes of the tasks without image
+):
+    "One row for each image, in the order of the tasks; rows of other images follow. Writes only what changes."
+    rows, gone = _known_rows(path), {tasks[i].path for i in missing}
+    ordered = {}
+    for t in tasks:
+        if t.path not in gone: ordered[t.path] = rows[t.path] if rows.get(t.path, {}).get("status") == "ok" else _own_row(t)
+        elif rows.get(t.path, {}).get("status") == "failed": ordered[t.path] = rows[t.path]
+    planned = {t.path for t in tasks}
+    ordered |= {p: r for p, r in rows.items() if p not in planned}
+    if list(ordered.items()) != list(rows.items()) or _torn(path):
+        write_csv(path, [{c: r[c] for c in METADATA_COLUMNS} for r in ordered.values()], METADATA_COLUMNS)
+
+def _torn(path):
+    "Whether a CSV holds more than its rows: a line that a crash tore, or a row that a later one replaces."
+    return Path(path).exists() and len(Path(path).read_bytes().splitlines()) != len(_known_rows(path)) + 1
+
+# %% ../nbs/10_generate.ipynb #000eba65
+class Queue:
+    "Batches of tasks, each handed to one worker only."
+    def __init__(self,
+        store,        # a `torch.distributed` store: of the process group, or a `HashStore` for one worker
+        tasks: int,   # how many
+        batch: int,   # tasks a claim
+    ): self.store, self.tasks, self.batch = store, tasks, batch
+
+    def claim(self) -> range:
+        "The next batch; empty when nothing is left."
+        at = (self.store.add("queue/claimed", 1) - 1) * self.batch
+        return range(min(at, self.tasks), min(at + self.batch, self.tasks))
+
+    def exhausted(self) -> bool: return self.store.add("queue/claimed", 0) * self.batch >= self.tasks
+    def add(self, name: str, n: int = 0) -> int:
+        "Add to a number that all workers see."
+        return self.store.add(f"queue/{name}", n)
+
+# %% ../nbs/10_generate.ipynb #1e1899a7
+class Writer:
+    "Writes images and their rows in threads; a fault is raised at the next `flush`."
+    def __init__(self, metadata): self.metadata, self.pool, self.pending = metadata, ThreadPoolExecutor(4), []
+    def __enter__(self): return self
+    def __exit__(self, *error): self.pool.shutdown(wait=True); self.flush()
+
+    def write(self, image, row):
+        self.pending.append(self.pool.submit(self._write, image, row))
+
+    def _write(self, image, row):
+        if row["status"] == "ok":
+            write_image(row["image_path"], image, row)
+            row = row | dict(bytes=os.stat(row["image_path"]).st_size, created_at=_time(time.time()))
+        append_rows(self.metadata, [row])
+
+    def flush(self):
+        "Wait until everything is written."
+        pending, self.pending = self.pending, []
+        for p in pending: p.result()
+
+# %% ../nbs/10_generate.ipynb #fe4ccac7
+def _task_row(task, settings, image, seconds, device, rank, sound):
+    return dict(prompt_id=task.prompt.prompt_id, seed=task.seed, image_path=task.path, prompt=task.prompt.prompt, genre=task.prompt.genre,
+                profile=settings.profile, pipeline=settings.pipeline, steps=settings.steps, guidance=settings.guidance_scale,
+                width=image.shape[1], height=image.shape[0], seconds=round(seconds, 4), device=device, worker=rank,
+                created_at=_time(time.time()), settings_hash=settings_hash(settings), status="ok" if sound else "failed", bytes=0)
+
+def _sample_tasks(sampler, tasks):
+    "Images of tasks and whether they are sound; those that are not are tried once more."
+    texts, seeds = [t.prompt.prompt for t in tasks], [image_seed(t.prompt.prompt_id, t.seed) for t in tasks]
+    images, sound = _filled(sampler, texts, seeds)
+    if bad := [i for i, ok in enumerate(sound) if not ok]:
+        images[bad], again = _filled(sampler, [texts[i] for i in bad], [seeds[i] for i in bad])
+        for i, ok in zip(bad, again): sound[i] = ok
+    return images, sound
+
+# %% ../nbs/10_generate.ipynb #1f9e3497
+def work(
+    settings: GenerateSettings,
+    tasks: list,     # of `Task`: all that are missing
+    store,           # shared by all workers
+    rank: int = 0,   # of this worker
+    world: int = 1,  # workers
+    show=None,       # called by worker 0 with a dict of figures
+):
+    "Take batches from the queue until it is empty."
+    from mhrlhf.models import load_pipeline
+    sampler = Sampler(load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae), settings)
+    queue, device, began = Queue(store, len(tasks), settings.batch), str(sampler.pipe.device), time.time()
+    figures = lambda: show and show(dict(done=sum(each := [queue.add(f"done/{r}") for r in range(world)]), total=len(tasks), each=each,
+                                         failed=queue.add("failed"), seconds=time.time() - began))
+    with Writer(settings.metadata) as writer:
+        while batch := [tasks[i] for i in queue.claim()]:
+            start = time.time()
+            images, sound = _sample_tasks(sampler, batch)
+            writer.flush()
+            for t, i, ok in zip(batch, images, sound): writer.write(i, _task_row(t, settings, i, (time.time() - start) / len(batch), device, rank, ok))
+            queue.add(f"done/{rank}", len(batch)); queue.add("failed", len(batch) - sum(sound)); figures()
+    queue.add("left", 1)
+    while rank == 0 and queue.add("left") < world: time.sleep(.2); figures()
+
+# %% ../nbs/10_generate.ipynb #dc44e8e8
+def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+def progress_line(
+    figures: dict,  # done, total, each (done by each worker), failed, seconds
+) -> str:
+    "How far a run is, how fast, and how long it will take."
+    done, total, seconds = figures["done"], figures["total"], max(figures["seconds"], 1e-9)
+    rate = done / seconds
+    left = _clock((total - done) / rate) if rate else "unknown"
+    parts = [f"{done}/{total} images", f"{60 * rate:.0f}/min", f"{left} left" if done < total else f"in {_clock(seconds)}"]
+    if len(figures["each"]) > 1: parts.append("by worker: " + " ".join(map(str, figures["each"])))
+    if figures["failed"]: parts.append(f"{figures['failed']} FAILED")
+    return " · ".join(parts)
+
+# %% ../nbs/10_generate.ipynb #f5beccd5
+def _in_notebook():
+    ipython = sys.modules.get("IPython")
+    return bool(ipython and ipython.get_ipython())
+
+class ProgressLine:
+    "Shows how far a run is, in place where that is possible."
+    def __init__(self): self.handle, self.shown_at, self.done, self.width = None, 0., -1, 0
+    def __call__(self, figures):
+        final, pause = figures["done"] >= figures["total"], 1 if _in_notebook() or sys.stdout.isatty() else 10
+        if figures["done"] == self.done or not final and time.time() - self.shown_at < pause: return
+        self.done, self.shown_at = figures["done"], time.time()
+        self._show(progress_line(figures))
+
+    def _show(self, line):
+        if _in_notebook():
+            from IPython.display import display
+            if self.handle: self.handle.update({"text/plain": line}, raw=True)
+            else: self.handle = display({"text/plain": line}, raw=True, display_id=True)
+        elif sys.stdout.isatty(): print(f"\r{line:<{self.width}}", end="", flush=True); self.width = max(self.width, len(line))
+        else: print(line, flush=True)
+
+    def close(self):
+        if self.width: print(flush=True)
+
+# %% ../nbs/10_generate.ipynb #7cce8a90
+def join_group():
+    "This process's place among the workers: rank, world, store."
+    import torch
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1: return 0, 1, torch.distributed.HashStore()
+    if torch.cuda.is_available() and (here := int(os.environ["LOCAL_WORLD_SIZE"])) > (gpus := torch.cuda.device_count()):
+        raise InputError(f"{here} workers, but this machine shows {gpus} GPU; use --processes {gpus}")
+    from accelerate import Accelerator
+    group = Accelerator(cpu=not torch.cuda.is_available())
+    if group.num_processes != world: raise RuntimeError(f"{world} workers were launched, but the group has {group.num_processes}; launch with: accelerate launch --multi_gpu")
+    return group.process_index, world, torch.distributed.distributed_c10d._get_default_store()
+
+def _share_missing(store, rank, settings):
+    "Worker 0 looks at the disk, so that all agree on what is to be made."
+    missing = []
+    if rank == 0:
+        try: missing = prepare(settings, say=lambda _: None)[1]
+        finally: store.set("queue/missing", np.array(missing, np.int64).tobytes())
+    tasks = plan_tasks(settings)
+    return [tasks[i] for i in np.frombuffer(store.get("queue/missing"), np.int64)]
+
+# %% ../nbs/10_generate.ipynb #ef844a1b
+@contextmanager
+def one_thread():
+    "On CPU, one thread for each worker: faster than many threads for one, and the same bits for any number of workers."
+    import torch
+    before = torch.get_num_threads()
+    if not torch.cuda.is_available(): torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+def work_in_group(
+    settings: GenerateSettings,
+    show=None,  # called by worker 0 with a dict of figures
+):
+    "Work as one of the processes that accelerate started."
+    import torch
+    rank, world, store = join_group()
+    try:
+        with plain_faults(), one_thread():
+            if todo := _share_missing(store, rank, settings): work(settings, todo, store, rank, world, show)
+    finally:
+        if world > 1: torch.distributed.destroy_process_group()
+
+# %% ../nbs/10_generate.ipynb #55fc5e33
+_REMEDIES = {errno.ENOSPC: "the disk is full; free some space", errno.EDQUOT: "your quota is used up; free some space", errno.EROFS: "is on a read-only disk; choose another folder",
+             errno.EACCES: "may not be written; change its rights or choose another folder", errno.EPERM: "may not be written; change its rights or choose another folder",
+             errno.ENOTDIR: "a file is in the place of a folder; move it away", errno.EEXIST: "a file is in the place of a folder; move it away",
+             errno.EISDIR: "a folder is in the place of a file; move it away"}
+
+@contextmanager
+def plain_faults():
+    "Faults of the disk as `InputError`."
+    try: yield
+    except OSError as e:
+        if e.errno not in _REMEDIES: raise
+        raise InputError(f"{e.filename2 or e.filename or 'writing'}: {_REMEDIES[e.errno]}, then the same command goes on") from None
+
+# %% ../nbs/10_generate.ipynb #6cde29ef
+_FIGURES = "\x1efigures "
+
+def _end_with_launcher():
+    "End this process when its launcher or its parent is gone."
+    parent = os.getppid()
+    def watch():
+        while os.getppid() == parent:
+            if select.select([0], [], [], .3)[0] and not os.read(0, 1): break
+        os._exit(0)
+    threading.Thread(target=watch, daemon=True).start()
+
+def launched_worker():
+    "What a process does that `launch` started; faults go into a file that the launcher reads."
+    _end_with_launcher()
+    folder = Path(sys.argv[1])
+    show = lambda figures: print(_FIGURES + json.dumps(figures), flush=True)
+    try: work_in_group(_read_settings(folder/"settings.json"), show)
+    except InputError as e: (folder/f"fault-{os.environ['RANK']}.txt").write_text(str(e))
+
+def _read_settings(path):
+    kinds = get_type_hints(GenerateSettings)
+    return GenerateSettings(**{k: Path(v) if kinds[k] is Path else v for k, v in read_json(path).items()})
+
+# %% ../nbs/10_generate.ipynb #328c578c
+def _command(settings, folder):
+    flags = dict(num_processes=settings.processes, num_machines=1, mixed_precision="no", dynamo_backend="no", main_process_port=0,
+                 num_cpu_threads_per_process=1, max_restarts=3)
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *[f"--{k}={v}" for k, v in flags.items()],
+            "--no_python", sys.executable, "-c", "from mhrlhf.generate import launched_worker; launched_worker()", str(folder)]
+
+def launch(
+    settings: GenerateSettings,
+    show=print,  # called with a dict of figures
+) -> str:        # what went wrong; "" if nothing did
+    "Run `settings.processes` workers to their end. Raises `InputError` for faults that the user can mend."
+    folder = Path(tempfile.mkdtemp(prefix="mhrlhf-"))
+    write_json(folder/"settings.json", asdict(settings))
+    with open(folder/"log.txt", "w") as log:
+        process = subprocess.Popen(_command(settings, folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+    try: _follow(process, show); code = process.wait()
+    finally: _stop(process)
+    if faults := sorted({f.read_text() for f in folder.glob("fault-*.txt")}): raise InputError("\n".join(faults))
+    if code: return f"the workers ended with code {code}; what they said is in {folder/'log.txt'}"
+    shutil.rmtree(folder, ignore_errors=True)
+    return ""
+
+# %% ../nbs/10_generate.ipynb #b7909bd7
+def _follow(process, show):
+    for line in process.stdout:
+        if line.startswith(_FIGURES): show(json.loads(line.removeprefix(_FIGURES)))
+        else: print(line, end="", flush=True)
+
+def _stop(process):
+    "Close the pipe that the workers watch, give them time to end, then end what is left."
+    process.stdin.close(); process.stdout.close()
+    try: process.wait(10)
+    except subprocess.TimeoutExpired: pass
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    process.wait()
+
+# %% ../nbs/10_generate.ipynb #6f2ddccc
+def _check_writable(settings):
+    for folder in (Path(settings.images), Path(settings.metadata).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+
+def _outdated(settings, tasks, missing):
+    "Indexes of images that were made for another prompt, and with other settings."
+    rows, mine = _known_rows(settings.metadata), settings_hash(settings)
+    there = [(i, t, rows[t.path]) for i, t in enumerate(tasks) if i not in set(missing)]
+    return [i for i, t, r in there if r["prompt"] != t.prompt.prompt], [i for i, t, r in there if r["settings_hash"] != mine]
+
+def _refuse_renamed(settings, tasks, renamed):
+    rows = _known_rows(settings.metadata)
+    raise_faults([f"{tasks[i].path}: shows the prompt {rows[tasks[i].path]['prompt']!r}, but {settings.prompts} now says {tasks[i].prompt.prompt!r}; "
+                  "give a changed prompt a new prompt_id, or make the image again with --remake" for i in renamed])
+
+# %% ../nbs/10_generate.ipynb #676772e9
+def prepare(
+    settings: GenerateSettings,
+    say=print,  # called with remarks
+) -> tuple:     # all tasks, indexes of those to be made
+    "Check everything and put the metadata in order. Raises `InputError`."
+    tasks = plan_tasks(settings); _check_writable(settings)
+    missing = missing_images(tasks, _known_rows(settings.metadata)); order_metadata(settings.metadata, tasks, missing)
+    renamed, other = _outdated(settings, tasks, missing)
+    if not settings.remake:
+        _refuse_renamed(settings, tasks, renamed)
+        if other: say(f"note: {len(other)} images were made with other settings and are kept; --remake makes them again")
+        return tasks, missing
+    for i in {*renamed, *other}: os.unlink(tasks[i].path)
+    missing = sorted({*missing, *renamed, *other}); order_metadata(settings.metadata, tasks, missing)
+    return tasks, missing
+
+# %% ../nbs/10_generate.ipynb #3b748e41
+@contextmanager
+def _only_run(images):
+    from filelock import FileLock, Timeout
+    Path(images).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(images)/".lock", timeout=5)
+    try: lock.acquire()
+    except Timeout: raise InputError(f"{images}: another run is making images here; wait until it ends, or choose another folder with --images") from None
+    try: yield
+    finally: lock.release()
+
+def _finish(settings, tasks, trouble):
+    "Say what is there and what is not; the exit code."
+    rows = _known_rows(settings.metadata); left = missing_images(tasks, rows)
+    order_metadata(settings.metadata, tasks, left)
+    failed = [tasks[i].path for i in left if rows.get(tasks[i].path, {}).get("status") == "failed"]
+    if failed: print(f"{len(failed)} images came out empty or not a number, twice, and were not kept: {', '.join(failed[:5])}{' …' if failed[5:] else ''}; try another dtype or VAE")
+    if rest := len(left) - len(failed): print(f"{rest} images are missing: {trouble or 'a worker ended early'}. The same command makes them")
+    print(f"{len(tasks) - len(left)} of {len(tasks)} images are in {settings.images}, a row for each in {settings.metadata}")
+    return 1 if left else 0
+
+# %% ../nbs/10_generate.ipynb #222f7de7
+def run(
+    settings: GenerateSettings,
+) -> int:  # exit code: 1 if an image could not be made
+    "Make every image that is missing. Raises `InputError` for what the user can mend."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: return _run_in_group(settings)
+    with plain_faults(), _only_run(settings.images):
+        tasks, missing = prepare(settings)
+        workers = f"{settings.processes} workers" if settings.processes > 1 else "1 worker"
+        print(f"{len(tasks)} images of {len(tasks) // settings.seeds} prompts: {len(tasks) - len(missing)} are there" + (f", {len(missing)} to make by {workers}" if missing else ""), flush=True)
+        show, trouble = ProgressLine(), ""
+        try:
+            if missing and settings.processes > 1: trouble = launch(settings, show)
+            elif missing:
+                import torch
+                with one_thread(): work(settings, [tasks[i] for i in missing], torch.distributed.HashStore(), show=show)
+        finally: show.close()
+        return _finish(settings, tasks, trouble)
+
+def _run_in_group(settings):
+    "The same for a process that the user's own `accelerate launch` started, on one node of many."
+    show = ProgressLine()
+    work_in_group(settings, show); show.close()
+    return _finish(settings, plan_tasks(settings), "") if int(os.environ["RANK"]) == 0 else 0

@@ -34,7 +34,7 @@ class SamplingSettings(PipelineSettings):
     height: int = 0               # pixels; 0: the model's own size
     batch: int = 8                # images per forward pass
 
-# %% ../nbs/01_settings.ipynb #630dbfd1
+# %% ../nbs/01_settings.ipynb #5b50b4e2
 @dataclass(frozen=True)
 class GenerateSettings(SamplingSettings):
     "Step 1: images from prompts."
@@ -44,6 +44,8 @@ class GenerateSettings(SamplingSettings):
     seeds: int = 2                                # images per prompt, seeds 0, 1, …
     limit: int = 0                                # use only the first prompts; 0: all
     processes: int = 1                            # worker processes; one per GPU
+    remake: bool = False                          # make images again that other settings or another prompt made
+    profile: str = ""                             # the section these settings come from; noted in the metadata
 
 @dataclass(frozen=True)
 class AnnotateSettings:
@@ -73,28 +75,32 @@ class TrainRewardSettings:
     folds: int = 5                # of the cross-validation, split by prompt
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #b9cc1d56
+# %% ../nbs/01_settings.ipynb #66dda0cc
 @dataclass(frozen=True)
 class TrainDSPOSettings(SamplingSettings):
     "Step 5: tune the image model so that all aspects rise together."
     prompts: Path = Path("data/prompts.csv")                    # prompts to sample candidates for
     reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
     output: Path = Path("outputs/dspo_model")                   # folder written
-    objective: Literal["dspo-score", "dspo", "dspo-sdxl", "dpo", "sft"] = "dspo-score"  # see notebook 50
-    balance: Literal["dynamic", "fixed"] = "dynamic"  # dynamic: weight on the aspects that lag; fixed: combination weights
-    adapter: Literal["dora", "lora"] = "dora"  # kind of adapter on the UNet's attention
+    objective: Literal["dspo-score", "dspo", "dspo-sdxl", "dpo", "sft"] = "dspo-score"  # what is optimised, see notebook 50
+    balance: Literal["dynamic", "fixed", "sum"] = "dynamic"  # dynamic: weight on aspects that lag; fixed: combination weights; sum: plain weighted sum, heads not normalised
+    adapter: Literal["dora", "lora"] = "dora"  # kind of adapter on the UNet
+    layers: Literal["attention", "all"] = "attention"  # where the adapter sits; all: convolutions and feed-forward too
     rank: int = 8                 # of the adapter
     lr: float = 5e-4              # AdamW learning rate of the adapter
-    beta: float = 2000.0          # scale of the implicit preference inside u (pair objectives)
-    strength: float = 1.0         # lambda of dspo: strength of its correction
+    beta: float = 2000.0          # scale of the implicit preference u (pair objectives)
+    strength: float = 0.1         # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction
+    distance: float = 30.0        # weight of the squared distance to the reference (pair objectives)
     candidates: int = 4           # K images per prompt
     prompts_per_rollout: int = 16  # prompts sampled at a time
-    rollouts: int = 4             # how often candidates are sampled afresh
+    prompts_per_update: int = 4   # prompts of a rollout in one optimizer step, K images each
+    rollouts: int = 6             # how often candidates are sampled afresh
     updates: int = 30             # optimizer steps per rollout
-    distance: float = 30.0        # weight of the squared distance to the reference prediction
-    temperature: float = 0.15     # of the dynamic aspect weights, in standard deviations of gain
     max_timestep: int = 900       # largest timestep trained on, of 1000
-    checkpoint_every: int = 1     # rollouts between checkpoints
+    shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
+    shift: int = 2                # largest shift, pixels
+    temperature: float = 0.15     # of the dynamic aspect weights, in standard deviations of gain
+    fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
     seed: int = 0                 # of prompts, noise and timesteps
 
@@ -173,7 +179,7 @@ def profile_values(
         values.update({k: (v, name) for k, v in parser.items(name) if k != "inherits" and parser.defaults().get(k) != v})
     return values
 
-# %% ../nbs/01_settings.ipynb #a78fe50b
+# %% ../nbs/01_settings.ipynb #ec3ec0db
 def _convert(text, kind):
     if get_origin(kind) is Literal:
         if text not in get_args(kind): raise ValueError(f"one of {', '.join(get_args(kind))} is needed")
@@ -196,7 +202,8 @@ def load_settings(
     **overrides,       # fields set by the caller
 ):
     "The settings of one stage in one profile."
-    cls = STAGES[stage]; kinds, chosen = get_type_hints(cls), {}
+    cls = STAGES[stage]; kinds = get_type_hints(cls)
+    chosen = {"profile": profile} if "profile" in kinds else {}
     values, known = profile_values(path, profile), _known()
     for key, (text, section) in values.items():
         place = lambda: f"{path}:{_line_of(path, key, section)}: {key} = {text}"
