@@ -440,4 +440,12 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mhrlhf.settings.choose_profile': ('settings.html#choose_profile', 'mhrlhf/settings.py'),
                                  'mhrlhf.settings.load_settings': ('settings.html#load_settings', 'mhrlhf/settings.py'),
                                  'mhrlhf.settings.profile_values': ('settings.html#profile_values', 'mhrlhf/settings.py'),
-                                 'mhrlhf.settings.profile_variant': ('settings.html#profile_variant', 'mhrlhf/settings.py')}}}
+                                 'mhrlhf.settings.profile_variant': ('settings.html#profile_variant', 'mhrlhf/settings.py')},
+            'mhrlhf.workflow': { 'mhrlhf.workflow._minutes': ('workflow.html#_minutes', 'mhrlhf/workflow.py'),
+                                 'mhrlhf.workflow.headline': ('workflow.html#headline', 'mhrlhf/workflow.py'),
+                                 'mhrlhf.workflow.judge_accuracy': ('workflow.html#judge_accuracy', 'mhrlhf/workflow.py'),
+                                 'mhrlhf.workflow.run': ('workflow.html#run', 'mhrlhf/workflow.py'),
+                                 'mhrlhf.workflow.run_stages': ('workflow.html#run_stages', 'mhrlhf/workflow.py'),
+                                 'mhrlhf.workflow.stage_settings': ('workflow.html#stage_settings', 'mhrlhf/workflow.py'),
+                                 'mhrlhf.workflow.summarise': ('workflow.html#summarise', 'mhrlhf/workflow.py'),
+                                 'mhrlhf.workflow.summary_lines': ('workflow.html#summary_lines', 'mhrlhf/workflow.py')}}}

@@ -142,12 +142,12 @@ def judged(base, tuned, pairs, settings) -> Evaluation:
     scores = pd.DataFrame(dict(prompt=texts, base=before["composite"], tuned=after["composite"]))
     return Evaluation(compare(before, after, groups), pd.DataFrame(per).T, name, pairs, base, tuned, scores)
 
-# %% ../nbs/61_evaluate.ipynb #cb60c033
+# %% ../nbs/61_evaluate.ipynb #bd9bb078
 def write_evaluation(e: Evaluation, folder) -> list:
     "Images, tables and pictures; returns the files."
     folder = Path(folder)
     for kind, images in (("base", e.base), ("tuned", e.tuned)):
-        for i, (p, image) in enumerate(zip(e.prompts, images)): write_image(image, folder / "images" / kind / f"{p.prompt_id}_{i:04}.png")
+        for i, (p, image) in enumerate(zip(e.prompts, images)): write_image(folder / "images" / kind / f"{p.prompt_id}_{i:04}.png", image)
     write_json(folder / "evaluation.json", dict(judged_by=e.judged_by, pairs=len(e.prompts), table=e.table.to_dict("index"), genres=e.genres.to_dict("index")))
     aspects = e.table
     return [folder / "evaluation.json", save_figure(grid(e), folder / "before_after.png"), save_figure(grid(e, by="worst"), folder / "worst.png"),
