@@ -45,7 +45,7 @@ def aspect_keys(
         keys[free[0]] = name
     return keys
 
-# %% ../nbs/30_panel.ipynb #73cdd20f
+# %% ../nbs/30_panel.ipynb #1611567b
 class RatingSession:
     "What one rater has answered and where they are; no browser needed."
     def __init__(self,
@@ -60,25 +60,27 @@ class RatingSession:
         if unknown := [a for a in aspects if a not in names]: raise InputError(f"no aspect {', '.join(unknown)}; there are: {', '.join(names)}")
         if not len(images): raise InputError("there are no images to rate; generate some first")
         self.store, self.rater, self.aspects = store, str(rater).strip(), [a for a in ASPECTS if not aspects or a.name in aspects]
-        records = images[["prompt_id", "image_path", "prompt"]].to_dict("records")
-        self.images = [records[i] for i in rating_order(images.image_path, self.rater, seed)]
+        columns = [list(images[c]) for c in ("prompt_id", "image_path", "prompt")]
+        self.images = [tuple(c[i] for c in columns) for i in rating_order(columns[1], self.rater, seed)]
+        self.places = {path: i for i, (_, path, _) in enumerate(self.images)}
         self.keys = aspect_keys([a.name for a in self.aspects])
         self.session, self.undone, self.waiting, self.message = uuid.uuid4().hex[:12], [], [], ""
         self.started = self.since = time.monotonic()
         self.given = 0  # answers in this session
         self._load(); self._resume()
 
-# %% ../nbs/30_panel.ipynb #2c6bd55e
+# %% ../nbs/30_panel.ipynb #261a400f
 @patch
 def _load(self: RatingSession):
     tidy, remarks = self.store.ratings(rater=self.rater), self.store.remarks(rater=self.rater)
     self.answers = {(p, a): v for p, a, v in zip(tidy.image_path, tidy.aspect, tidy.value)}
     self.remarks = {(p, k): t for p, k, t in zip(remarks.image_path, remarks.kind, remarks.text)}
-    self.complete = {i for i in range(len(self.images)) if self._finished(i)}
+    seen = {path for path, _ in (*self.answers, *self.remarks)} & self.places.keys()
+    self.complete = {self.places[path] for path in seen if self._finished(self.places[path])}
 
 @patch
-def _finished(self: RatingSession, i):
-    path = self.images[i]["image_path"]
+def _finished(self: RatingSession, at):
+    path = self.images[at][1]
     return (path, "skip") in self.remarks or all((path, a.name) in self.answers for a in self.aspects)
 
 @patch
@@ -101,14 +103,14 @@ def go(self: RatingSession,
 @patch(as_prop=True)
 def image(self: RatingSession) -> dict:
     "The image on show: prompt_id, image_path, prompt."
-    return self.images[self.at]
+    return dict(zip(("prompt_id", "image_path", "prompt"), self.images[self.at]))
 
 @patch
-def value(self: RatingSession, aspect: str, at: int = None):
+def value(self: RatingSession, aspect: str):
     "The rating of an aspect of the image on show; None if not answered."
-    return self.answers.get((self.images[self.at if at is None else at]["image_path"], aspect))
+    return self.answers.get((self.images[self.at][1], aspect))
 
-# %% ../nbs/30_panel.ipynb #c87e5be4
+# %% ../nbs/30_panel.ipynb #5bd29a02
 @patch
 def _save(self: RatingSession, *rows):
     self.waiting += rows
@@ -120,9 +122,9 @@ def _save(self: RatingSession, *rows):
 
 @patch
 def _set(self: RatingSession, at, aspect, value):
-    image, now = self.images[at], time.monotonic()
-    row = {k: image[k] for k in ("prompt_id", "image_path")} | dict(rater=self.rater, aspect=aspect, value=value, seconds=round(now - self.since, 3), position=self.given, session=self.session)
-    key = image["image_path"], aspect
+    (prompt_id, path, _), now = self.images[at], time.monotonic()
+    row = dict(rater=self.rater, prompt_id=prompt_id, image_path=path, aspect=aspect, value=value, seconds=round(now - self.since, 3), position=self.given, session=self.session)
+    key = path, aspect
     if value is None: self.answers.pop(key, None)
     else: self.answers[key] = value
     (self.complete.add if self._finished(at) else self.complete.discard)(at)
@@ -205,7 +207,7 @@ def press(self: RatingSession,
     else: return False
     return True
 
-# %% ../nbs/30_panel.ipynb #72311ece
+# %% ../nbs/30_panel.ipynb #93e03e2f
 _KEYS_JS = """
 function wire(panel, model) {
   panel.tabIndex = 0;
@@ -222,7 +224,7 @@ function wire(panel, model) {
     if (!undo && (event.ctrlKey || event.metaKey || event.altKey)) return;
     if (event.target.tagName === "BUTTON" && ["Enter", " "].includes(event.key)) return;
     const key = undo ? "u" : event.key.length === 1 ? event.key.toLowerCase() : event.key;
-    if (!model.get("keys").includes(key)) return;
+    if (!model.get("accepted").includes(key)) return;
     event.preventDefault();
     model.send({ key });
     if (key === "n") panel.querySelector(".mhrlhf-note input").focus();
@@ -257,13 +259,13 @@ _KEYS_CSS = """
 .mhrlhf-warning { color: #b00020; font-weight: bold; }
 """
 
-# %% ../nbs/30_panel.ipynb #edef6a30
+# %% ../nbs/30_panel.ipynb #9bcbe94d
 import anywidget, ipywidgets, traitlets
 
 class KeyListener(anywidget.AnyWidget):
     "Sends the keys pressed anywhere in the panel around it; an `on_msg` handler gets `{'key': …}`."
     _esm, _css = _KEYS_JS, _KEYS_CSS
-    keys = traitlets.List().tag(sync=True)  # those that mean something; all others are left to the browser
+    accepted = traitlets.List().tag(sync=True)  # those that mean something; all others are left to the browser
 
 # %% ../nbs/30_panel.ipynb #2027cb3d
 def _rubric(aspect):
@@ -287,7 +289,7 @@ class _AspectRow(ipywidgets.VBox):
         self.quiet = False
         (self.add_class if chosen else self.remove_class)("mhrlhf-chosen")
 
-# %% ../nbs/30_panel.ipynb #2e06066a
+# %% ../nbs/30_panel.ipynb #4439f077
 def _read_image(root, path):
     "The bytes of an image file, or a message instead."
     try: return inside(root, path).read_bytes(), ""
@@ -307,7 +309,7 @@ class RatingPanel(ipywidgets.VBox):
         images = images if isinstance(images, pd.DataFrame) else read_metadata(images)
         store = database if isinstance(database, RatingStore) else RatingStore(database)
         self.session, self.root = RatingSession(images, store, rater, aspects, seed), root
-        self.listener = KeyListener(keys=[*self.session.keys, *ANSWERS, *MOVES, *STEPS, *ACTIONS])
+        self.listener = KeyListener(accepted=[*self.session.keys, *ANSWERS, *MOVES, *STEPS, *ACTIONS])
         self.listener.on_msg(lambda _, content, __: self.press(content.get("key", "")))
         super().__init__(self._parts()); self.add_class("mhrlhf-panel")
         self.shown = None
