@@ -62,8 +62,8 @@ test: setup ## all tests: the house's order, every notebook, tests/
 notebooks: setup ## run every notebook and save its outputs
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean
 
-readme: setup ## README.md from nbs/index.ipynb
-	$(BIN)/python tools/readme.py
+readme: setup ## run nbs/index.ipynb and render README.md from it
+	$(BIN)/nbdev-test nbs/index.ipynb --save && $(BIN)/nbdev-clean --fname nbs/index.ipynb && $(BIN)/python tools/readme.py
 
 docs: setup ## the documentation in _docs; needs Quarto
 	$(BIN)/nbdev-docs
