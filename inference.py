@@ -1,0 +1,5 @@
+"Images from a tuned model: python inference.py --model outputs/dspo_model --prompt \"a 3d render of a fox in the snow\""
+import sys
+from mhrlhf.cli import main
+
+if __name__ == "__main__": sys.exit(main(["inference", *sys.argv[1:]]))
