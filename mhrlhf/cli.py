@@ -29,7 +29,7 @@ def _help():
                       "The profile is sdxl where a CUDA GPU with 12 GB is, else pocket; --profile or PROFILE= decide otherwise.",
                       "--variant dual takes the profile NAME-dual where settings.ini has one."])
 
-# %% ../nbs/90_cli.ipynb #eb477387
+# %% ../nbs/90_cli.ipynb #bab29985
 def _take(arguments, name, default):
     "Remove `--name value` or `--name=value` from the arguments."
     rest, value, it = [], default, iter(arguments)
@@ -44,7 +44,8 @@ def run_stage(
     arguments: list,   # of the command line, after the stage
 ) -> int:
     "Read the settings and run a stage; returns the exit code."
-    import importlib
+    import importlib, os
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: spinning ones ruin a busy machine
     import tyro
     from mhrlhf.settings import MODULES, STAGES, choose_profile, load_settings, profile_variant
     profile, arguments = _take(arguments, "profile", "")

@@ -8,7 +8,7 @@ __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of'
            'pair_loss', 'score_loss', 'Tuning', 'start', 'watch_scores', 'candidates', 'update', 'tune',
            'save_checkpoint', 'load_checkpoint', 'save_adapter', 'soft_minimum', 'learn', 'finish', 'run']
 
-# %% ../nbs/52_dspo.ipynb #1437336e
+# %% ../nbs/52_dspo.ipynb #a582042c
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .aspects import NAMES
-from .balance import combine, dynamic_weights, head_gradients, neglected, paired_gains, pair_weights, standardise_groups, unit_rms
+from .balance import Gains, combine, dynamic_weights, head_gradients, neglected, paired_gains, pair_weights, standardise_groups, unit_rms
 from .files import InputError, atomic_path, fingerprint, read_json, write_json
 from .generate import image_seed, read_prompts
 from .models import load_pipeline
@@ -258,8 +258,11 @@ def update(run: Tuning, r: Rollout, weights, usual, generator) -> dict:
     run.optimizer.step()
     return dict(loss=loss.item(), distance=p.distance.detach().pow(2).mean().item(), gradient=norm.item())
 
-# %% ../nbs/52_dspo.ipynb #3b909ad9
-def tune(run: Tuning):
+# %% ../nbs/52_dspo.ipynb #660162c4
+def tune(
+    run: Tuning,
+    over=lambda: False,  # asked before every update; True ends the run after a last measurement
+):
     "Tune; yields {rollout, update, …} after every update, and {rollout, gains, weights} at the start of every rollout and at the end."
     s, device = run.settings, run.pipe.device
     own = torch.as_tensor(run.reward.weights, dtype=torch.float32, device=device)
@@ -271,9 +274,10 @@ def tune(run: Tuning):
         weights = dynamic_weights(measured, own, s.temperature) if s.balance == "dynamic" else own / own.sum()
         run.history.append(dict(rollout=run.rollout, gains=gains.mean.tolist(), errors=gains.error.tolist(), weights=weights.tolist()))
         yield dict(rollout=run.rollout, gains=gains, weights=weights)
-        if run.rollout >= s.rollouts: return
+        if run.rollout >= s.rollouts or over(): return
         r = candidates(run, np.random.default_rng([s.seed, run.rollout]))
         for i in range(s.updates):
+            if over(): break
             generator = torch.Generator().manual_seed(int(np.random.default_rng([s.seed, run.rollout, i]).integers(2 ** 62)))
             yield dict(rollout=run.rollout, update=i, **update(run, r, weights, usual, generator))
         run.rollout += 1
@@ -318,7 +322,7 @@ def soft_minimum(gains, temperature: float = .2) -> float:
     g = np.asarray(gains, float)
     return float(-temperature * np.log(np.mean(np.exp(-(g - g.min()) / temperature))) + g.min())
 
-# %% ../nbs/52_dspo.ipynb #c1665cd6
+# %% ../nbs/52_dspo.ipynb #d67de30c
 def _log(writer, run: Tuning, state):
     step = state["rollout"] * run.settings.updates + state.get("update", 0)
     if "update" in state:
@@ -335,16 +339,17 @@ def learn(run: Tuning, folder, log=print):
     from torch.utils.tensorboard import SummaryWriter
     from tqdm.auto import tqdm
     s, folder, why, began = run.settings, Path(folder), "all rollouts are done", time.time()
+    over = lambda: bool(s.minutes) and time.time() - began > 60 * s.minutes
     best = max((soft_minimum(h["gains"]) for h in run.history), default=-math.inf)
     with SummaryWriter(folder / "logs", purge_step=run.rollout * s.updates) as writer, tqdm(total=s.rollouts * s.updates, initial=run.rollout * s.updates, desc="tuning", unit="update", mininterval=1) as bar:
-        for state in tune(run):
+        for state in tune(run, over):
             _log(writer, run, state)
             if "update" in state: bar.update(); bar.set_postfix(rollout=f"{state['rollout'] + 1}/{s.rollouts}", distance=f"{state['distance']:.4f}"); continue
             bar.clear(); log(_gains_line(run, state["gains"]))
             save_checkpoint(run, folder / "checkpoints" / "latest.safetensors")
             if soft_minimum(state["gains"].mean) >= best: best = soft_minimum(state["gains"].mean); save_checkpoint(run, folder / "checkpoints" / "best.safetensors")
             if fallen := neglected(state["gains"], run.reward.aspects): why = f"neglect guard: {', '.join(fallen)} fell below the start; back to the best checkpoint"; break
-            if s.minutes and time.time() - began > 60 * s.minutes: why = f"the {s.minutes:g} minutes are over"; break
+            if over(): why = f"the {s.minutes:g} minutes are over"
     history = run.history
     load_checkpoint(run, folder / "checkpoints" / "best.safetensors"); run.history = history
     return why

@@ -6,17 +6,18 @@
 __all__ = ['compare', 'add_composite', 'Evaluation', 'grid', 'choose_judge', 'evaluate_pipeline', 'judged', 'write_evaluation',
            'run']
 
-# %% ../nbs/61_evaluate.ipynb #3eaa03a5
-from contextlib import nullcontext
+# %% ../nbs/61_evaluate.ipynb #3af6c9e8
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from .aspects import NAMES
 from .files import InputError, write_json
-from .generate import image_seed, read_prompts, sample_images, write_image
+from .generate import image_seed, one_thread, read_prompts, sample_images, write_image
+from .inference import load_adapter
 from .models import load_pipeline
 from .plots import interval_bars, picture_grid, save_figure
 from .settings import EvaluateSettings
@@ -116,7 +117,7 @@ def choose_judge(
     reward = RewardModel.load(reward_model)
     return "heads", lambda images, texts: reward.score(images, texts)[list(reward.aspects)], reward.weights.tolist()
 
-# %% ../nbs/61_evaluate.ipynb #959c2455
+# %% ../nbs/61_evaluate.ipynb #31417207
 def evaluate_pipeline(
     pipe,            # with an adapter loaded
     prompts: list,   # of `generate.Prompt`
@@ -125,11 +126,18 @@ def evaluate_pipeline(
     "Sample both models on the same prompts and seeds, and compare."
     pairs = [p for p in prompts for _ in range(settings.seeds)]
     texts, seeds = [p.prompt for p in pairs], [image_seed(p.prompt_id, s) for p in prompts for s in range(settings.seeds)]
-    tuned = sample_images(pipe, texts, seeds, settings)
-    pipe.unet.disable_adapters()
-    try: base = sample_images(pipe, texts, seeds, settings)
-    finally: pipe.unet.enable_adapters()
+    with one_thread(), tqdm(total=2 * len(pairs), desc="sampling base and tuned", unit="image", mininterval=1) as bar:
+        tuned = _sample(pipe, texts, seeds, settings, bar)
+        pipe.unet.disable_adapters()
+        try: base = _sample(pipe, texts, seeds, settings, bar)
+        finally: pipe.unet.enable_adapters()
     return judged(base, tuned, pairs, settings)
+
+def _sample(pipe, texts, seeds, settings, bar):
+    made = []
+    for i in range(0, len(texts), settings.batch):
+        made.append(sample_images(pipe, texts[i:i + settings.batch], seeds[i:i + settings.batch], settings)); bar.update(len(made[-1]))
+    return np.concatenate(made)
 
 def judged(base, tuned, pairs, settings) -> Evaluation:
     "Compare images that are there: (n, h, w, 3) uint8 both."
@@ -142,22 +150,20 @@ def judged(base, tuned, pairs, settings) -> Evaluation:
     scores = pd.DataFrame(dict(prompt=texts, base=before["composite"], tuned=after["composite"]))
     return Evaluation(compare(before, after, groups), pd.DataFrame(per).T, name, pairs, base, tuned, scores)
 
-# %% ../nbs/61_evaluate.ipynb #bd9bb078
+# %% ../nbs/61_evaluate.ipynb #c63920d0
 def write_evaluation(e: Evaluation, folder) -> list:
     "Images, tables and pictures; returns the files."
     folder = Path(folder)
     for kind, images in (("base", e.base), ("tuned", e.tuned)):
         for i, (p, image) in enumerate(zip(e.prompts, images)): write_image(folder / "images" / kind / f"{p.prompt_id}_{i:04}.png", image)
     write_json(folder / "evaluation.json", dict(judged_by=e.judged_by, pairs=len(e.prompts), table=e.table.to_dict("index"), genres=e.genres.to_dict("index")))
-    aspects = e.table
     return [folder / "evaluation.json", save_figure(grid(e), folder / "before_after.png"), save_figure(grid(e, by="worst"), folder / "worst.png"),
-            save_figure(interval_bars(aspects, "gain", "gain_low", "gain_high", label=f"gain in base sd, judged by the {e.judged_by}"), folder / "gains.png")]
+            save_figure(interval_bars(e.table, "gain", "gain_low", "gain_high", label=f"gain in base sd, judged by the {e.judged_by}"), folder / "gains.png")]
 
 def run(settings: EvaluateSettings) -> int:
     "The stage `evaluate`."
-    from mhrlhf.inference import load_tuned
     prompts = read_prompts(settings.prompts, settings.limit)
-    pipe = load_tuned(settings, settings.model)
+    pipe = load_adapter(load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae), settings.model)
     e = evaluate_pipeline(pipe, prompts, settings)
     print(f"{len(e.prompts)} pairs of {len(prompts)} held-out prompts, judged by the {e.judged_by}")
     for line in e.lines(): print(line)

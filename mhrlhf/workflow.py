@@ -16,7 +16,7 @@ from .aspects import NAMES
 from .files import InputError, read_json, write_json
 from .settings import MODULES, TestPipelineSettings, load_settings
 
-# %% ../nbs/80_workflow.ipynb #1c033190
+# %% ../nbs/80_workflow.ipynb #db173954
 def stage_settings(
     s: TestPipelineSettings,
     path="settings.ini",  # the file with the profile `pocket`
@@ -27,7 +27,7 @@ def stage_settings(
     return {
         "generate": load("generate", images=root / "images", metadata=root / "generated.csv", limit=s.prompts, processes=s.processes),
         "annotate": load("annotate", metadata=root / "generated.csv", annotations=root / "multihead_ratings.csv", database=database, simulate=s.raters),
-        "train-reward": load("train-reward", database=database, output=root / "multihead_reward_model", cache=root / "features"),
+        "train-reward": load("train-reward", database=database, metadata=root / "generated.csv", output=root / "multihead_reward_model", cache=root / "features"),
         "train-dspo": load("train-dspo", reward_model=root / "multihead_reward_model", output=root / "dspo_model", minutes=s.minutes),
         "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", output=root / "evaluation", limit=s.heldout),
     }
