@@ -207,7 +207,7 @@ def press(self: RatingSession,
     else: return False
     return True
 
-# %% ../nbs/30_panel.ipynb #93e03e2f
+# %% ../nbs/30_panel.ipynb #16705f83
 _KEYS_JS = """
 function wire(panel, model) {
   panel.tabIndex = 0;
@@ -216,19 +216,18 @@ function wire(panel, model) {
   panel.setAttribute("aria-label", "Rating panel: letters choose an aspect, digits rate it, x is ten");
   panel.querySelectorAll(".mhrlhf-aspect").forEach(row => { row.setAttribute("role", "group"); row.setAttribute("aria-label", row.innerText.split("\\n")[0]); });
   panel.addEventListener("keydown", event => {
-    event.stopPropagation();
     const typing = ["INPUT", "TEXTAREA"].includes(event.target.tagName);
-    if (typing) { if (["Enter", "Escape"].includes(event.key)) panel.focus(); return; }
+    if (typing) { if (["Enter", "Escape"].includes(event.key)) setTimeout(() => panel.focus()); return; }
     if (event.key === "Escape" && panel.classList.contains("mhrlhf-zoomed")) return panel.classList.remove("mhrlhf-zoomed");
     const undo = event.key === "z" && (event.ctrlKey || event.metaKey);
     if (!undo && (event.ctrlKey || event.metaKey || event.altKey)) return;
     if (event.target.tagName === "BUTTON" && ["Enter", " "].includes(event.key)) return;
     const key = undo ? "u" : event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (!model.get("accepted").includes(key)) return;
-    event.preventDefault();
+    event.preventDefault(); event.stopPropagation();
     model.send({ key });
     if (key === "n") panel.querySelector(".mhrlhf-note input").focus();
-  });
+  }, true);
   panel.addEventListener("click", event => {
     if (event.target.tagName === "IMG") panel.classList.toggle("mhrlhf-zoomed");
     if (event.detail > 0 && event.target.tagName !== "INPUT") panel.focus({ preventScroll: true });

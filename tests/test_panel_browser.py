@@ -1,0 +1,179 @@
+"""The rating panel as an expert meets it: a real JupyterLab, a real kernel, a real browser, keys and mouse."""
+from pathlib import Path
+import json, os, shutil, socket, sqlite3, statistics, subprocess, sys, time, urllib.request
+
+import numpy as np
+import pytest
+
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; install it (Debian: apt-get install chromium) to test the panel in a browser")
+
+IMAGES, CODE = 14, 'from mhrlhf.panel import RatingPanel\nRatingPanel("data/generated.csv", rater="ann")'
+
+def make_project(folder):
+    "A small study: pictures of the pocket's world, their metadata, and a notebook with one cell."
+    from PIL import Image
+    from mhrlhf.pocket.scenes import draw_factors, render
+    rng, lines = np.random.default_rng(1), ["prompt_id,image_path,prompt"]
+    for i, factors in enumerate(draw_factors(IMAGES, rng)):
+        path = folder / f"data/images/p{i}/0.png"; path.parent.mkdir(parents=True)
+        Image.fromarray(np.asarray(render(factors, rng))).save(path)
+        lines.append(f"p{i},data/images/p{i}/0.png,{factors.caption}")
+    (folder / "data/generated.csv").write_text("\n".join(lines) + "\n")
+    cell = dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=CODE)
+    kernel = dict(name="python3", display_name="python3", language="python")
+    (folder / "rate.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+
+def free_port():
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab on this machine only, in a folder of its own."
+    folder, home, port = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("home"), free_port()
+    make_project(folder)
+    environment = os.environ | {k: str(home / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+    with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(f"{url}/api/status") and server.poll() is None, 120, lambda: (folder / "lab.log").read_text())
+        yield folder, url
+    finally:
+        server.terminate()
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+
+def answers(url, **options):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, **options), timeout=10) as r: return json.loads(r.read() or b"true")
+    except OSError: return None
+
+def wait_for(true, seconds=60, why=lambda: ""):
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, f"waited {seconds} s in vain {why()[-2000:]}"
+        time.sleep(.02)
+    return found
+
+@pytest.fixture(scope="module")
+def page(lab):
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport=dict(width=1280, height=900)); page.set_default_timeout(120_000)
+        yield page
+        browser.close()
+
+def open_panel(page, url):
+    "Open the notebook afresh and run its cell."
+    page.goto(f"{url}/lab/tree/rate.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell .cm-content")
+    wait_for(lambda: any(k["execution_state"] == "idle" for k in answers(f"{url}/api/kernels") or []), 120)
+    page.click(".jp-Notebook .jp-CodeCell .cm-content")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img")
+
+def stored(folder):
+    "Entries of the history as (path, aspect, value)."
+    with sqlite3.connect(folder / "data/annotations/ratings.db") as c: return c.execute("select image_path, aspect, value from ratings order by id").fetchall()
+
+def press(page, folder, key):
+    "Press a key that answers; seconds until the answer is in the database."
+    before, start = len(stored(folder)), time.perf_counter()
+    page.keyboard.press(key)
+    wait_for(lambda: len(stored(folder)) > before)
+    return time.perf_counter() - start
+
+def shot(page, name):
+    "Keep a picture where MHRLHF_SCREENSHOTS says."
+    if folder := os.environ.get("MHRLHF_SCREENSHOTS"): page.locator(".mhrlhf-panel").screenshot(path=str(Path(folder) / name))
+
+def status(page): return page.locator(".mhrlhf-panel [role=status]").inner_text()
+
+def test_an_expert_rates_by_keyboard(page, lab):
+    folder, url = lab
+    open_panel(page, url)
+    seconds = []
+    for n in range(10):
+        for key in "7", "8", str(n), "x", "0": seconds.append(press(page, folder, key))
+    rows = stored(folder)
+    assert len(rows) == 50 and len({path for path, _, _ in rows}) == 10
+    assert [v for _, _, v in rows[:5]] == [7, 8, 0, 10, 0]
+    wait_for(lambda: "image 11 of 14 · 10 done" in status(page))
+    print(f"\nfrom key to database: median {1000 * statistics.median(seconds):.0f} ms")
+
+def test_no_key_reaches_jupyterlab(page, lab):
+    for key in "a", "b", "d", "d", "m", "y", "z", "c", "v", "j", "ArrowUp", "ArrowDown": page.keyboard.press(key)
+    page.wait_for_timeout(500)
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 1
+    assert page.locator(".jp-Notebook .jp-CodeCell").count() == 1
+    assert not page.locator(".jp-Dialog").count()
+
+def test_undo_takes_back_and_returns(page, lab):
+    folder, _ = lab
+    last = stored(folder)[-1]
+    press(page, folder, "u")
+    assert stored(folder)[-1] == (last[0], last[1], None)
+    wait_for(lambda: "image 10 of 14 · 9 done" in status(page))
+    press(page, folder, "3")
+    assert stored(folder)[-1] == (last[0], last[1], 3)
+    wait_for(lambda: "image 11 of 14 · 10 done" in status(page))
+
+def test_the_mouse_works_and_gives_the_keyboard_back(page, lab):
+    folder, _ = lab
+    before = len(stored(folder))
+    page.locator(".mhrlhf-aspect").nth(1).get_by_role("button", name="6", exact=True).click()
+    wait_for(lambda: len(stored(folder)) > before)
+    assert stored(folder)[-1][1:] == ("iconographic", 6)
+    press(page, folder, "4")
+    assert stored(folder)[-1][1:] == ("style", 4)
+    assert page.locator(".mhrlhf-aspect").nth(0).locator(".mod-active").count() == 0, "an unanswered aspect shows an answer"
+
+def test_a_note_is_typed_without_rating(page, lab):
+    folder, _ = lab
+    before = len(stored(folder))
+    page.keyboard.press("n"); page.keyboard.type("79 foxes, u and x"); page.keyboard.press("Enter")
+    def notes():
+        with sqlite3.connect(folder / "data/annotations/ratings.db") as c: return c.execute("select value from remarks where aspect = 'note'").fetchall()
+    wait_for(notes)
+    assert notes() == [("79 foxes, u and x",)] and len(stored(folder)) == before
+    page.keyboard.press("s"); press(page, folder, "9")
+    assert stored(folder)[-1][1:] == ("spatial", 9)
+
+def test_a_click_enlarges_the_image(page, lab):
+    picture = page.locator(".mhrlhf-panel img")
+    small = picture.bounding_box()["width"]
+    picture.click(); assert picture.bounding_box()["width"] > 1.5 * small
+    page.keyboard.press("Escape"); assert picture.bounding_box()["width"] == small
+
+def test_it_fits_narrow_and_wide_windows(page, lab):
+    shot(page, "panel.png")
+    for width in 800, 1280:
+        page.set_viewport_size(dict(width=width, height=900))
+        page.wait_for_timeout(400)
+        shot(page, f"panel-{width}.png")
+        panel = page.locator(".mhrlhf-panel")
+        box = panel.bounding_box()
+        for button in panel.get_by_role("button").all():
+            b = button.bounding_box()
+            assert b["x"] >= box["x"] and b["x"] + b["width"] <= box["x"] + box["width"] + 1, f"{button.inner_text()!r} sticks out at {width} px"
+
+def test_reloading_the_page_resumes(page, lab):
+    folder, url = lab
+    before = len(stored(folder))
+    open_panel(page, url)
+    wait_for(lambda: "image 11 of 14 · 10 done" in status(page))
+    assert page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4"]
+    assert len(stored(folder)) == before
+
+def test_restarting_the_kernel_resumes(page, lab):
+    folder, url = lab
+    press(page, folder, "5")
+    for kernel in answers(f"{url}/api/kernels"): answers(f"{url}/api/kernels/{kernel['id']}/restart", method="POST")
+    open_panel(page, url)
+    wait_for(lambda: page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4", "5"])
+    press(page, folder, "2")
+    wait_for(lambda: "image 12 of 14 · 11 done" in status(page))
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 1
