@@ -7,16 +7,16 @@ __all__ = ['STAGES', 'MODULES', 'PipelineSettings', 'SamplingSettings', 'Generat
            'TrainRewardSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings', 'MonitorSettings',
            'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
 
-# %% ../nbs/01_settings.ipynb #c2da86c4
+# %% ../nbs/01_settings.ipynb #1d8ced79
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 import configparser, difflib, os, subprocess
 
 from .files import InputError
 
-# %% ../nbs/01_settings.ipynb #04cffd23
+# %% ../nbs/01_settings.ipynb #3484b379
 @dataclass(frozen=True)
 class PipelineSettings:
     "Which image model."
@@ -33,11 +33,14 @@ class SamplingSettings(PipelineSettings):
     width: int = 0                # pixels; 0: the model's own size
     height: int = 0               # pixels; 0: the model's own size
     batch: int = 8                # images per forward pass
+    guidance_until: float = 1.0   # LOSSY below 1: share of the steps that are guided; 0.6 saves a fifth of the time
+    cache_every: int = 1          # LOSSY above 1: the whole UNet only every so many steps (DeepCache); 2 saves a third
 
-# %% ../nbs/01_settings.ipynb #5b50b4e2
+# %% ../nbs/01_settings.ipynb #ef3abb7b
 @dataclass(frozen=True)
 class GenerateSettings(SamplingSettings):
     "Step 1: images from prompts."
+    batch: int | Literal["auto"] = 8              # images per forward pass; auto: as many as the GPU holds
     prompts: Path = Path("data/prompts.csv")      # CSV with prompt_id, prompt and optionally genre
     images: Path = Path("data/images")            # folder; an image is images/<prompt_id>/<seed>.png
     metadata: Path = Path("data/generated.csv")   # CSV written: one row per image
@@ -182,11 +185,14 @@ def profile_values(
         values.update({k: (v, name) for k, v in parser.items(name) if k != "inherits" and parser.defaults().get(k) != v})
     return values
 
-# %% ../nbs/01_settings.ipynb #ec3ec0db
+# %% ../nbs/01_settings.ipynb #0a3eb088
 def _convert(text, kind):
     if get_origin(kind) is Literal:
         if text not in get_args(kind): raise ValueError(f"one of {', '.join(get_args(kind))} is needed")
         return text
+    if get_origin(kind) in (Union, UnionType):
+        try: return _convert(text, get_args(kind)[0])
+        except ValueError: return _convert(text, get_args(kind)[1])
     if kind is bool:
         if text.lower() not in ("true", "false"): raise ValueError("true or false is needed")
         return text.lower() == "true"

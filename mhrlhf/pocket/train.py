@@ -5,24 +5,23 @@
 # %% auto #0
 __all__ = ['RECIPES', 'CLIP_MEAN', 'CLIP_STD', 'Recipe', 'fit', 'watch', 'fast_math', 'train_judge', 'build_tokenizer',
            'build_vae', 'image_loss', 'train_vae', 'build_text_encoders', 'build_unet', 'build_pipeline',
-           'save_pipeline', 'cache_latents', 'encode_text', 'train_unet', 'clip_config', 'save_clip', 'train_clip']
+           'save_pipeline', 'cache_latents', 'encode_text', 'train_unet', 'clip_config', 'save_clip', 'train_clip',
+           'save_judge', 'build', 'reconstruction_error', 'obedience', 'main', 'check']
 
-# %% ../../nbs/pocket/72_train.ipynb #4d902419
-from contextlib import nullcontext
+# %% ../../nbs/pocket/72_train.ipynb #6a52e5d5
 from dataclasses import dataclass, asdict, replace
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
-import copy, gzip, json, math, time
+import copy, gzip, json, math, shutil, time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..files import InputError, write_json
 from .scenes import caption, draw_factors, render, rich_caption, scene_batch, unseen_captions
 from .judge import JudgeNet, judge_loss, to_tensor
 
-# %% ../../nbs/pocket/72_train.ipynb #84f4fbac
+# %% ../../nbs/pocket/72_train.ipynb #6125e7d1
 @dataclass(frozen=True)
 class Recipe:
     "How long and how wide: one training of all parts."
@@ -33,7 +32,7 @@ class Recipe:
     vae_steps: int = 3200        # of 16 fresh scenes
     vae_channels: tuple = (32, 64, 96)
     scenes: int = 24000          # cached latents for the UNet
-    unet_steps: int = 6500       # of 32 latents
+    unet_steps: int = 5500       # of 32 latents
     unet_channels: tuple = (64, 128)
     unet_layers: int = 1
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
@@ -65,13 +64,13 @@ def fit(
         yield dict(step=step, loss=loss.item(), seconds=time.time() - start, average=average)
     with torch.no_grad(): torch._foreach_copy_(params, average)
 
-# %% ../../nbs/pocket/72_train.ipynb #7f3d1744
+# %% ../../nbs/pocket/72_train.ipynb #3cacf72e
 def watch(
     name: str,   # what is trained
     states,      # the generator of `fit`
     log: Path,   # JSON lines are appended here
     every: int = 50,  # steps between lines
-    keep=None,         # called with the averaged weights every 20 lines, to keep what was reached
+    keep=None,         # called with the averaged weights every 10 lines, to keep what was reached
 ):
     "Run a training to its end, writing a line of JSON now and then. Returns the last smoothed loss."
     smooth = None
@@ -79,7 +78,7 @@ def watch(
         for s in states:
             smooth = s["loss"] if smooth is None else .95 * smooth + .05 * s["loss"]
             if s["step"] % every == every - 1: print(json.dumps(dict(part=name, step=s["step"] + 1, loss=round(smooth, 4), seconds=round(s["seconds"]))), file=f, flush=True)
-            if keep and s["step"] % (20 * every) == 20 * every - 1: keep(s["average"])
+            if keep and s["step"] % (10 * every) == 10 * every - 1: keep(s["average"])
     return smooth
 
 def fast_math(): return torch.autocast("cpu", torch.bfloat16)
@@ -250,3 +249,79 @@ def train_clip(r: Recipe, log):
         return (F.cross_entropy(logits, torch.arange(96)) + F.cross_entropy(logits.T, torch.arange(96))) / 2
     watch("clip", fit(model, loss_of, r.clip_steps, 1e-3, weight_decay=.1), log)
     return model.eval(), tokenizer
+
+# %% ../../nbs/pocket/72_train.ipynb #1f3389ca
+def save_judge(net, folder):
+    "Write the judge's weights."
+    from safetensors.torch import save_file
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.state_dict().items()}, Path(folder) / "judge.safetensors")
+
+def build(
+    recipe: str,   # key of `RECIPES`
+    folder,        # where the pocket will lie
+    say=print,
+):
+    "Train all parts that `folder` does not have yet."
+    from diffusers import AutoencoderKL
+    r, folder = RECIPES[recipe], Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    log, note = folder / "log.jsonl", folder / "recipe.json"
+    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(asdict(r))): raise InputError(f"{note}: made with another recipe; name an empty folder with --output")
+    write_json(note, asdict(r))
+    if not (folder / "judge.safetensors").exists(): say("judge"); save_judge(train_judge(r, log), folder)
+    if not (folder / "openclip").exists(): say("openclip"); save_clip(*train_clip(r, log), folder / "openclip", r.vocabulary)
+    if not (folder / "vae").exists() and not (folder / "sdxl").exists(): say("autoencoder"); train_vae(r, log).save_pretrained(folder / "vae")
+    if not (folder / "sdxl").exists():
+        say("unet")
+        train_unet(r, AutoencoderKL.from_pretrained(folder / "vae"), log, folder / "unfinished")
+        (folder / "unfinished").rename(folder / "sdxl"); shutil.rmtree(folder / "vae")
+
+# %% ../../nbs/pocket/72_train.ipynb #40d98dc5
+@torch.no_grad()
+def reconstruction_error(vae, n: int = 256) -> float:
+    "Mean absolute error on [-1, 1] of clean held-out scenes."
+    rng = np.random.default_rng(77)
+    scenes = [replace(f, blur=0., noise=0., desaturation=0.) for f in draw_factors(n, rng)]
+    images = to_tensor([render(f, rng) for f in scenes])
+    return float(np.mean([(vae.decode(vae.encode(x).latent_dist.mean).sample - x).abs().mean().item() for x in images.split(64)]))
+
+def obedience(pipe, judge, prompts: list, settings) -> dict:
+    "Share of images in which the judge sees the asked object, style and scene; and the images."
+    from mhrlhf.generate import image_seed, sample_images
+    from mhrlhf.pocket.scenes import OBJECTS, SCENES, STYLES, parse_caption
+    images = sample_images(pipe, prompts, [image_seed(p, 0) for p in prompts], settings)
+    seen, asked = judge.factors(images), np.array([parse_caption(p) for p in prompts])
+    names = dict(object=OBJECTS, style=STYLES, scene=SCENES)
+    return {k: float(np.mean(seen[k].to_numpy() == np.array(names[k])[asked[:, i]])) for i, k in enumerate(names)}, images
+
+# %% ../../nbs/pocket/72_train.ipynb #6d286ff8
+def main(arguments=None) -> int:
+    "`python -m mhrlhf.pocket.train`"
+    import argparse, tempfile
+    parser = argparse.ArgumentParser(prog="make pocket", description="Train the embedded models anew.")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="cpu", help="cpu: the shipped one, some hours on two cores; fast: a throw-away one in two minutes")
+    parser.add_argument("--output", default="", help="folder; default: outputs/pocket, for fast a temporary one")
+    a = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    folder = Path(a.output or (tempfile.mkdtemp() if a.recipe == "fast" else "outputs/pocket"))
+    began = time.time()
+    try: build(a.recipe, folder)
+    except InputError as e: print(e); return 2
+    check(folder)
+    print(f"a pocket in {folder} after {time.time() - began:.0f} s; it loads and samples. Use it with MHRLHF_POCKET={folder}, or copy it to mhrlhf/pocket/weights")
+    return 0
+
+def check(folder):
+    "Load all parts through the toolkit's own loaders and sample one image."
+    import os
+    os.environ["MHRLHF_POCKET"] = str(folder)
+    from mhrlhf.generate import sample_images
+    from mhrlhf.models import load_backbone, load_pipeline
+    from mhrlhf.pocket.judge import load_judge
+    from mhrlhf.settings import SamplingSettings
+    prompt = caption(0, 3, 0)
+    images = sample_images(load_pipeline("pocket"), [prompt], [0], SamplingSettings(steps=4, batch=1))
+    load_judge.cache_clear(); load_judge().score(images, [prompt]); load_backbone("pocket")
+
+if __name__ == "__main__":
+    import sys
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"The pocket can be built anew: a throw-away one loads and samples, and the same recipe gives the same weights."
+import os, subprocess, sys, time
+from dataclasses import replace
+
+import pytest
+import torch
+
+
+def test_fast_recipe_builds_a_pocket_that_loads_and_samples(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "MHRLHF_POCKET"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run([sys.executable, "-m", "mhrlhf.pocket.train", "--recipe", "fast", "--output", tmp_path / "pocket"], capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert "it loads and samples" in out.stdout
+    assert not list((tmp_path / "pocket").rglob("*.bin")) and (tmp_path / "pocket/sdxl/unet/diffusion_pytorch_model.safetensors").exists()
+    again = subprocess.run([sys.executable, "-m", "mhrlhf.pocket.train", "--recipe", "cpu", "--output", tmp_path / "pocket"], capture_output=True, text=True, env=env)
+    assert again.returncode == 2 and "another recipe" in again.stdout
+
+
+def test_same_recipe_same_weights(tmp_path):
+    from mhrlhf.pocket.train import RECIPES, train_judge
+    torch.set_num_threads(1)
+    r = replace(RECIPES["fast"], judge_steps=3)
+    one, two = (train_judge(r, tmp_path / "log").state_dict() for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    other = train_judge(replace(r, seed=1), tmp_path / "log").state_dict()
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("part", ["sdxl/unet/diffusion_pytorch_model.safetensors", "openclip/open_clip_model.safetensors", "judge.safetensors", "recipe.json", "log.jsonl"])
+def test_what_ships_is_complete(part):
+    from mhrlhf.models import pocket_folder
+    assert (pocket_folder() / part).stat().st_size > 100
+
+
+def test_what_ships_is_small():
+    from mhrlhf.models import pocket_folder
+    assert sum(p.stat().st_size for p in pocket_folder().rglob("*") if p.is_file()) < 40e6
