@@ -241,7 +241,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-# %% ../nbs/30_panel.ipynb #942cc9eb
+# %% ../nbs/30_panel.ipynb #4da4dbd2
 _KEYS_CSS = """
 .mhrlhf-panel { outline: none; border: 1px solid #8884; border-radius: 8px; padding: 10px; max-width: 1240px; }
 .mhrlhf-panel:focus-within { border-color: #1a73e8; box-shadow: 0 0 0 2px #1a73e855; }
@@ -249,11 +249,14 @@ _KEYS_CSS = """
 .mhrlhf-picture { flex: 1 1 340px; max-width: 520px; }
 .mhrlhf-picture img { width: 100%; max-height: 60vh; object-fit: contain; image-rendering: pixelated; cursor: zoom-in; background: #8881; }
 .mhrlhf-zoomed .mhrlhf-picture img { position: fixed; inset: 0; z-index: 10000; width: 100vw; height: 100vh; max-height: none; background: #000d; cursor: zoom-out; }
-.mhrlhf-questions { flex: 1 1 400px; min-width: 340px; overflow: hidden; }
+.mhrlhf-questions { flex: 1 1 400px; min-width: 320px; overflow: hidden; container-type: inline-size; }
 .mhrlhf-aspect { border-left: 4px solid transparent; padding: 2px 0 2px 8px; }
 .mhrlhf-chosen { border-left-color: #1a73e8; background: #1a73e811; }
 .mhrlhf-panel .widget-toggle-button, .mhrlhf-aspect .jupyter-button { min-width: 32px; padding: 0 4px; }
 .mhrlhf-aspect .widget-toggle-buttons, .mhrlhf-aspect .jupyter-button { width: auto; }
+.mhrlhf-aspect .mod-active { background: #1a73e8; color: white; }
+@container (max-width: 420px) { .mhrlhf-aspect .jupyter-button { width: 26px !important; min-width: 22px; padding: 0; } }
+@media (max-width: 1000px) { .mhrlhf-picture img { max-height: 34vh; } }
 .mhrlhf-panel kbd { border: 1px solid #8888; border-radius: 3px; padding: 0 4px; font-size: 85%; }
 .mhrlhf-warning { color: #b00020; font-weight: bold; }
 """

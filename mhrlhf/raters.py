@@ -41,8 +41,14 @@ def _unbiased(image, rater, y, ms):
     effects = _rater_effects(image, rater, y - y.mean(), counts)[0]
     return np.bincount(image, y - effects[rater]) / counts, np.sqrt(ms.error / counts)
 
-# %% ../nbs/32_raters.ipynb #a1c46a92
-def _rater_variances(image, rater, residual, variance, usual, prior):
+# %% ../nbs/32_raters.ipynb #c275b438
+def _pseudo_votes(raw, votes, usual, per_image):
+    "How strongly to pull: the less the raters' variances differ beyond chance, the stronger."
+    chance = 2 * (usual * per_image / (per_image - 1)) ** 2 / np.maximum(votes, 1)
+    beyond = np.average((raw - usual) ** 2 - chance, weights=votes)
+    return float(np.clip(2 * usual ** 2 / max(beyond, 1e-12), 10, 200))
+
+def _rater_variances(image, rater, residual, variance, usual):
     "One update of the raters' variances, from the other raters' opinion of the same images."
     weight = 1 / variance[rater]
     total, summed = np.bincount(image, weight), np.bincount(image, weight * residual)
@@ -50,9 +56,11 @@ def _rater_variances(image, rater, residual, variance, usual, prior):
     seen = others > 1e-12
     rest = np.where(seen, others, 1.)
     excess = np.where(seen, (residual - (summed[image] - weight * residual) / rest) ** 2 - 1 / rest, 0.)
-    return np.maximum((np.bincount(rater, excess) + prior * usual) / (np.bincount(rater, seen) + prior), .1 * usual)
+    votes, sums = np.bincount(rater, seen), np.bincount(rater, excess)
+    prior = _pseudo_votes(sums / np.maximum(votes, 1), votes, usual, max(len(image) / len(total), 1.5))
+    return np.maximum((sums + prior * usual) / (votes + prior), .1 * usual)
 
-def _shrunken(image, rater, y, ms, prior=20, rounds=15):
+def _shrunken(image, rater, y, ms, rounds=15):
     usual = max(ms.error, 1e-3)
     spread = max((ms.image - ms.error) / ms.per_image, 1e-3)       # variance of the images
     biases = max((ms.rater - ms.error) / ms.per_rater, 1e-9)       # variance of the biases
@@ -63,7 +71,7 @@ def _shrunken(image, rater, y, ms, prior=20, rounds=15):
         value = (np.bincount(image, weight * residual) + y.mean() / spread) / precision
         bias = np.bincount(rater, y - value[image]) / (votes + variance / biases)
         bias -= np.average(bias, weights=votes)
-        variance = _rater_variances(image, rater, y - bias[rater], variance, usual, prior)
+        variance = _rater_variances(image, rater, y - bias[rater], variance, usual)
     return value, 1 / np.sqrt(precision)
 
 # %% ../nbs/32_raters.ipynb #6f55b9db
@@ -135,7 +143,7 @@ def suspect_raters(
     found = pd.DataFrame(rows, columns=["rater", "ratings", "with_others", "with_others_low", "with_others_high"]).set_index("rater")
     return found.assign(suspect=found.with_others_high < limit).sort_values("with_others")
 
-# %% ../nbs/32_raters.ipynb #3a438664
+# %% ../nbs/32_raters.ipynb #a6f12111
 def plot_raters(
     tidy: pd.DataFrame,  # ratings
 ):  # a figure
@@ -146,7 +154,7 @@ def plot_raters(
     left.imshow(bias, cmap="RdBu", vmin=-span, vmax=span, aspect="auto")
     for i, j in np.ndindex(bias.shape): left.text(j, i, f"{bias.iat[i, j]:+.1f}", ha="center", va="center", fontsize=6)
     left.set_xticks(range(bias.shape[1]), bias.columns, rotation=40, ha="right", fontsize=7); left.set_yticks(range(len(bias)), bias.index, fontsize=7)
-    right.violinplot([tidy.value[tidy.rater == r] for r in bias.index], vert=False, showmeans=True)
+    right.violinplot([tidy.value[tidy.rater == r] for r in bias.index], orientation="horizontal", showmeans=True)
     right.set_yticks(range(1, len(bias) + 1), bias.index, fontsize=7); right.invert_yaxis()
     left.set_title("bias, rating points", fontsize=8); right.set_title("ratings given" + (" (SIMULATED)" if is_simulated(tidy) else ""), fontsize=8)
     return fig
