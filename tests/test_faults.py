@@ -1,0 +1,249 @@
+"""What people and machines do to a run: bad input, kill -9, Ctrl-C, a damaged disk. Afterwards the same command completes it."""
+from pathlib import Path
+import csv, errno, os, random, signal, subprocess, sys, time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mhrlhf import generate
+from mhrlhf.cli import main
+from mhrlhf.generate import METADATA_COLUMNS, append_rows, missing_images, plan_tasks, read_metadata
+from mhrlhf.settings import GenerateSettings
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [Path(sys.executable).parent/"mhrlhf", "generate", "--profile", "pocket", "--settings", ROOT/"settings.ini", "--prompts", ROOT/"data/prompts.csv"]
+
+# Bad input ---------------------------------------------------------------------------------------------------
+
+def refusal(tmp_path, monkeypatch, capsys, *options):
+    "Run the command in this process; it must end with code 2 and a message, before anything is made."
+    monkeypatch.chdir(tmp_path)
+    assert main([*map(str, COMMAND[1:]), *options]) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out and not list(tmp_path.glob("data/images/[!.]*"))
+    return said.err
+
+@pytest.mark.parametrize("content, said", [
+    ("", "p.csv:1: missing column prompt_id, prompt; the header has: nothing"),
+    ("prompt_id,prompt\n", "p.csv:1: no prompts; add a line for each"),
+    ("prompt_id,text\na,b\n", "p.csv:1: missing column prompt; the header has: prompt_id, text"),
+    ("prompt_id,prompt\na,\n", "p.csv:2: column prompt, value '': is empty; write what the image shows"),
+    ("prompt_id,prompt\na,   \n", "p.csv:2: column prompt, value '': is empty"),
+    ("prompt_id,prompt\n,a fox\n", "p.csv:2: column prompt_id, value '': is empty"),
+    ("prompt_id,prompt\na,a fox\na,a cat\n", "p.csv:3: column prompt_id, value 'a': stands in line 2 already"),
+    ("prompt_id,prompt\na,a fox\nA,a cat\n", "p.csv:3: column prompt_id, value 'A': stands in line 2 already"),
+    ("prompt_id,prompt\n../a,a fox\n", "p.csv:2: column prompt_id, value '../a': is no safe file name; use letters"),
+    ("prompt_id,prompt\n..,a fox\n", "value '..': is no safe file name"),
+    ("prompt_id,prompt\na/b,a fox\n", "value 'a/b': is no safe file name"),
+    ("prompt_id,prompt\n/etc,a fox\n", "value '/etc': is no safe file name"),
+    ("prompt_id,prompt\na\0b,a fox\n", r"value 'a\x00b': is no safe file name"),
+    ("prompt_id,prompt\na,a \0 fox\n", "column prompt, value 'a \\x00 fox': holds a NUL byte"),
+    ("prompt_id,prompt\n" + "a" * 300 + ",a fox\n", "has 300 characters; 100 are allowed"),
+    ("prompt_id,prompt\na,a fox, in snow\n", "p.csv:2: 3 cells where the header has 2; quote text that holds commas"),
+    (b"prompt_id,prompt\na,a caf\xe9\n", "p.csv:2: not UTF-8 text; save the file as UTF-8"),
+])
+def test_bad_prompts(content, said, tmp_path, monkeypatch, capsys):
+    (tmp_path/"p.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert said in refusal(tmp_path, monkeypatch, capsys, "--prompts", "p.csv")
+
+def test_all_bad_lines_are_told_at_once(tmp_path, monkeypatch, capsys):
+    (tmp_path/"p.csv").write_text("prompt_id,prompt\na,\nb/c,a fox\nd,a cat, black\ne,fine\ne,twice\n")
+    said = refusal(tmp_path, monkeypatch, capsys, "--prompts", "p.csv")
+    assert all(f"p.csv:{line}: " in said for line in (2, 3, 4, 6)) and "p.csv:5: " not in said
+
+def test_prompts_as_people_save_them(tmp_path):
+    "A byte-order mark, other line ends, semicolons, quotes and commas, columns in any order."
+    text = '\ufeffGenre;Prompt;Prompt_ID\r\nportrait;"a ""wise"" owl, old; grey";a-1\r\n;ein Fuchs für Änne;b_2\r\n'
+    (tmp_path/"p.csv").write_bytes(text.encode())
+    first, second = generate.read_prompts(tmp_path/"p.csv")
+    assert (first.prompt_id, first.prompt, first.genre) == ("a-1", 'a "wise" owl, old; grey', "portrait")
+    assert (second.prompt, second.genre) == ("ein Fuchs für Änne", "")
+
+def test_missing_files_and_wrong_places(tmp_path, monkeypatch, capsys):
+    assert "none.csv: no such file" in refusal(tmp_path, monkeypatch, capsys, "--prompts", "none.csv")
+    assert "is a folder" in refusal(tmp_path, monkeypatch, capsys, "--prompts", ".")
+    (tmp_path/"file").write_text("kept")
+    assert "a file is in the place of a folder; move it away" in refusal(tmp_path, monkeypatch, capsys, "--images", "file")
+    assert "a file is in the place of a folder" in refusal(tmp_path, monkeypatch, capsys, "--images", "file/images")
+    assert (tmp_path/"file").read_text() == "kept"
+    assert "weights of 'nowhere' are not on this machine" in refusal(tmp_path, monkeypatch, capsys, "--pipeline", "nowhere", "--limit", "1")
+    for option in ("steps", "seeds", "batch", "processes"): assert f"{option} 0" in refusal(tmp_path, monkeypatch, capsys, f"--{option}", "0")
+
+# One worker, in this process ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pipe():
+    from mhrlhf.models import load_pipeline
+    return load_pipeline("pocket")
+
+@pytest.fixture
+def loaded(pipe, monkeypatch):
+    "The stage with a pipeline that is loaded already."
+    monkeypatch.setattr("mhrlhf.models.load_pipeline", lambda *a: pipe)
+
+def small(folder, prompts=8, **options):
+    return GenerateSettings(prompts=ROOT/"data/prompts.csv", images=folder/"images", metadata=folder/"generated.csv", limit=prompts, steps=1, batch=2, **options)
+
+def pixels(folder): return {f"{p.parent.name}/{p.name}": np.asarray(Image.open(p)) for p in Path(folder).glob("images/*/*.png")}
+
+def assert_whole(settings, reference=None):
+    "Every image decodes, has exactly one row, and nothing else lies about."
+    tasks = plan_tasks(settings)
+    table = read_metadata(settings.metadata)
+    assert list(table.image_path) == [t.path for t in tasks] and (table.status == "ok").all()
+    with open(settings.metadata, newline="") as f: assert [len(r) for r in csv.reader(f)] == [len(METADATA_COLUMNS)] * (len(tasks) + 1)
+    assert sorted(p.name for p in Path(settings.images).glob("*/*")) == sorted(Path(t.path).name for t in tasks)
+    made = pixels(settings.images.parent)
+    assert len(made) == len(tasks)
+    if reference: assert all((made[p] == reference[p]).all() for p in made)
+    return made
+
+def test_a_disk_that_fills_up(tmp_path, loaded, monkeypatch, capsys):
+    settings, replace, count = small(tmp_path), os.replace, iter(range(100))
+    def full(a, b):
+        if str(b).endswith(".png") and next(count) >= 5: raise OSError(errno.ENOSPC, "No space left on device", str(b))
+        replace(a, b)
+    monkeypatch.setattr(generate.os, "replace", full)
+    with pytest.raises(generate.InputError, match="the disk is full; free some space, then the same command goes on"): generate.run(settings)
+    monkeypatch.setattr(generate.os, "replace", replace)
+    there = pixels(tmp_path); assert len(there) == 5 == len(read_metadata(settings.metadata))
+    assert generate.run(settings) == 0
+    assert_whole(settings, there | {p: i for p, i in pixels(tmp_path).items() if p not in there})
+
+def test_ctrl_c_in_one_worker(tmp_path, loaded, monkeypatch):
+    settings, sample, count = small(tmp_path), generate._sample_tasks, iter(range(100))
+    def interrupted(*a):
+        if next(count) == 3: raise KeyboardInterrupt
+        return sample(*a)
+    monkeypatch.setattr(generate, "_sample_tasks", interrupted)
+    with pytest.raises(KeyboardInterrupt): generate.run(settings)
+    assert len(pixels(tmp_path)) == 6 == len(read_metadata(settings.metadata))
+    assert generate.run(settings) == 0
+    assert_whole(settings)
+
+def test_damage_is_mended(tmp_path, loaded):
+    "Images that were truncated, overwritten, emptied or removed, and metadata that was torn or deleted."
+    settings = small(tmp_path)
+    assert generate.run(settings) == 0
+    reference = assert_whole(settings)
+    a, b, c, d, *_ = (Path(t.path) for t in plan_tasks(settings))
+    a.write_bytes(a.read_bytes()[:-20]); b.write_bytes(b"not a picture"); c.write_bytes(b""); d.unlink()
+    (a.parent/f".{a.name}.1{generate.PART}").write_bytes(b"half")
+    settings.metadata.write_bytes(settings.metadata.read_bytes()[:-30])
+    assert generate.run(settings) == 0
+    assert_whole(settings, reference)
+    before = read_metadata(settings.metadata)
+    settings.metadata.unlink()
+    assert generate.run(settings) == 0
+    assert_whole(settings, reference)
+    assert read_metadata(settings.metadata)["seconds"].equals(before["seconds"])  # the rows came out of the images
+
+def test_another_run_in_the_same_folder_is_told_to_wait(tmp_path, monkeypatch):
+    from filelock import FileLock
+    monkeypatch.setattr("filelock.FileLock", lambda path, timeout: FileLock(path, timeout=.1))
+    settings = small(tmp_path); settings.images.mkdir()
+    with FileLock(settings.images/".lock", is_singleton=False):
+        with pytest.raises(generate.InputError, match="another run is making images here"): generate.run(settings)
+
+# kill -9 at random moments -----------------------------------------------------------------------------------
+
+def worker(settings, port, rank, todo, pipe):
+    "A forked worker: real queue, real files, a pipeline that the parent has loaded."
+    from torch.distributed import TCPStore
+    with generate.one_thread(): generate.work(settings, todo, TCPStore("127.0.0.1", port, is_master=False), rank, 2)
+
+def start_workers(settings, pipe):
+    from torch.distributed import TCPStore
+    tasks, missing = generate.prepare(settings, say=lambda _: None)
+    server, pids = TCPStore("127.0.0.1", 0, is_master=True), []
+    for rank in range(2):
+        if pid := os.fork(): pids.append(pid); continue
+        try: worker(settings, server.port, rank, [tasks[i] for i in missing], pipe)
+        finally: os._exit(0)
+    return server, pids, missing
+
+def test_kill_at_twenty_random_moments(tmp_path, pipe, loaded):
+    "One worker or both are killed; whatever the moment, what is there is whole, and the end is the same set of images."
+    reference = small(tmp_path/"reference", 120); generate.run(reference); wanted = assert_whole(reference)
+    settings, rng, kills, seen = small(tmp_path/"killed", 120), random.Random(0), 0, 0
+    began = time.time(); generate.run(small(tmp_path/"timing", 4)); pace = (time.time() - began) / 8
+    for _ in range(60):
+        server, pids, missing = start_workers(settings, pipe)
+        if kills < 20 and missing:
+            time.sleep(rng.uniform(0, 5 * pace))
+            for pid in pids if rng.random() < .5 else pids[:1]: os.kill(pid, signal.SIGKILL)
+            kills += 1
+            time.sleep(rng.uniform(0, pace))
+            for pid in pids: os.kill(pid, signal.SIGKILL)
+        for pid in pids: os.waitpid(pid, 0)
+        if not settings.metadata.exists(): continue
+        rows = read_metadata(settings.metadata)   # whole at once, before any repair
+        assert not rows.image_path.duplicated().any() and all(generate.image_row(p) is not None for p in rows.image_path)
+        files = [p for p in settings.images.glob("*/*.png")]
+        assert all(generate.image_row(p) is not None for p in files) and len(files) - len(rows) <= 4   # at most one batch of each worker has no row yet
+        assert len(files) >= seen; seen = len(files)   # nothing is lost
+        if not missing: break
+    assert kills == 20, f"only {kills} kills before the work was done"
+    assert generate.run(settings) == 0
+    assert_whole(settings, wanted)
+
+# kill -9 and Ctrl-C of real processes ------------------------------------------------------------------------
+
+def children(pid):
+    "All processes below one, as pid -> command line."
+    below = {}
+    for entry in Path("/proc").iterdir():
+        try: status, command = (entry/"stat").read_text().rsplit(")", 1)[1].split(), (entry/"cmdline").read_text().replace("\0", " ")
+        except (OSError, IndexError): continue
+        if entry.name.isdigit(): below[int(entry.name)] = (int(status[1]), command, status[0])
+    family, grown = {pid}, True
+    while grown: more = {p for p, (parent, _, _) in below.items() if parent in family} - family; family |= more; grown = bool(more)
+    return {p: below[p][1] for p in family - {pid} if below[p][2] != "Z"}
+
+def workers(pid): return [p for p, command in children(pid).items() if "launched_worker" in command and "accelerate" not in command]
+
+class Run:
+    "The command with two workers, in a folder of its own."
+    def __init__(self, folder):
+        self.images = folder/"data/images"
+        options = ["--limit", "24", "--steps", "4", "--batch", "2", "--processes", "2"]
+        self.process = subprocess.Popen([*map(str, COMMAND), *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def count(self): return len(list(self.images.glob("*/*.png")))
+    def wait_for(self, more):
+        "Until so many more images are there."
+        wanted, until = self.count() + more, time.time() + 400
+        while self.count() < wanted and self.process.poll() is None: assert time.time() < until, "no images came"; time.sleep(.03)
+    def end(self):
+        out, err = self.process.communicate(timeout=400)
+        return self.process.returncode, out, err
+
+def test_processes_are_killed_and_the_command_goes_on(tmp_path):
+    "Ctrl-C, then kill -9 of the command itself, of accelerate's launcher, of a worker: each time the same command goes on."
+    run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
+    run.process.send_signal(signal.SIGINT); code, out, err = run.end()
+    assert code == 130 and "stopped; nothing finished is lost" in err and "Traceback" not in err + out
+    gone(family)
+
+    run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
+    run.process.kill(); run.end(); gone(family)
+
+    run = Run(tmp_path); run.wait_for(4)
+    launcher = next(p for p, command in children(run.process.pid).items() if "accelerate" in command)
+    family = children(run.process.pid); os.kill(launcher, signal.SIGKILL); code, out, err = run.end()
+    assert code == 1 and "images are missing: the workers ended with code -9" in out and "The same command makes them" in out and "Traceback" not in err + out
+    gone(family)
+
+    run = Run(tmp_path); run.wait_for(4)
+    os.kill(workers(run.process.pid)[0], signal.SIGKILL); code, out, err = run.end()
+    assert code == 0, out + err   # the workers are started again and finish in the same run
+    assert "48 of 48 images are in data/images" in out
+    os.chdir(tmp_path)
+    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=24))
+
+def gone(family):
+    "No orphan goes on working."
+    until = time.time() + 15
+    while left := [p for p in family if Path(f"/proc/{p}").exists() and "Z" not in Path(f"/proc/{p}/stat").read_text().split()[2]]:
+        assert time.time() < until, f"still running: {left}"
+        time.sleep(.1)
