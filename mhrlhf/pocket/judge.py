@@ -6,8 +6,8 @@
 __all__ = ['TEMPERATURE', 'JudgeNet', 'to_tensor', 'judge_loss', 'spatial_score', 'iconographic_score', 'style_score', 'palette',
            'palette_distance', 'fidelity_score', 'material_score', 'Judge', 'load_judge', 'accuracy']
 
-# %% ../../nbs/pocket/71_judge.ipynb #8a9ba091
-from functools import cache
+# %% ../../nbs/pocket/71_judge.ipynb #5d051b59
+from functools import cache, reduce
 from importlib.resources import files
 
 from fastcore.basics import patch
@@ -54,12 +54,12 @@ def judge_loss(
     target = torch.tensor([[getattr(f, k) for k in CONTINUOUS] for f in truth])
     return sum(F.cross_entropy(l, choices[:, i]) for i, l in enumerate(logits)) + 20 * F.mse_loss(values, target)
 
-# %% ../../nbs/pocket/71_judge.ipynb #ebb9aed2
+# %% ../../nbs/pocket/71_judge.ipynb #d112c218
 def spatial_score(x, y, size):  # fractions of the image, arrays
-    "0-10: centre near a vertical third (5), size within .48-.62 of the image (3), nothing cut off (2)."
-    thirds = np.exp(-(np.minimum(abs(x - 1/3), abs(x - 2/3)) / .09) ** 2)
-    fitting = np.clip(1 - np.maximum(.48 - size, size - .62) / .14, 0, 1)
-    over = np.maximum.reduce([size / 2 - x, x + size / 2 - 1, size / 2 - y, y + size / 2 - 1])
+    "0-10: centre near a vertical third (5), size within .52-.70 of the image (3), nothing cut off (2)."
+    thirds = np.exp(-(np.minimum(abs(x - 1/3), abs(x - 2/3)) / .12) ** 2)
+    fitting = np.clip(1 - np.maximum(.52 - size, size - .70) / .16, 0, 1)
+    over = reduce(np.maximum, [size / 2 - x, x + size / 2 - 1, size / 2 - y, y + size / 2 - 1])
     return 10 * (.5 * thirds + .3 * fitting + .2 * np.clip(1 - over / .1, 0, 1))
 
 # %% ../../nbs/pocket/71_judge.ipynb #059bbe24

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'CLIP_MEAN', 'CLIP_STD', 'Recipe', 'fit', 'watch', 'fast_math', 'train_judge', 'build_tokenizer',
-           'build_vae', 'image_loss', 'train_vae', 'build_text_encoders', 'build_unet', 'build_pipeline',
-           'save_pipeline', 'cache_latents', 'encode_text', 'train_unet', 'clip_config', 'save_clip', 'train_clip',
-           'save_judge', 'build', 'reconstruction_error', 'obedience', 'main', 'check']
+           'build_vae', 'image_loss', 'polish_decoder', 'train_vae', 'build_text_encoders', 'build_unet',
+           'build_pipeline', 'save_pipeline', 'cache_latents', 'encode_text', 'train_unet', 'clip_config', 'save_clip',
+           'train_clip', 'save_judge', 'build', 'reconstruction_error', 'obedience', 'main', 'check']
 
 # %% ../../nbs/pocket/72_train.ipynb #6a52e5d5
 from dataclasses import dataclass, asdict, replace
@@ -21,7 +21,7 @@ from ..files import InputError, write_json
 from .scenes import caption, draw_factors, render, rich_caption, scene_batch, unseen_captions
 from .judge import JudgeNet, judge_loss, to_tensor
 
-# %% ../../nbs/pocket/72_train.ipynb #6125e7d1
+# %% ../../nbs/pocket/72_train.ipynb #3a131c0e
 @dataclass(frozen=True)
 class Recipe:
     "How long and how wide: one training of all parts."
@@ -30,6 +30,7 @@ class Recipe:
     judge_width: int = 32        # channels of the judge's first layer
     clip_steps: int = 3000       # of 96 fresh scenes with rich captions
     vae_steps: int = 3200        # of 16 fresh scenes
+    polish_steps: int = 3200     # of its decoder alone, afterwards
     vae_channels: tuple = (32, 64, 96)
     scenes: int = 24000          # cached latents for the UNet
     unet_steps: int = 5500       # of 32 latents
@@ -38,7 +39,7 @@ class Recipe:
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
 
 RECIPES = {"cpu": Recipe(),
-           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, vae_steps=12, vae_channels=(8, 16, 16), scenes=128, unet_steps=12, unet_channels=(32, 64))}
+           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, vae_steps=12, polish_steps=4, vae_channels=(8, 16, 16), scenes=128, unet_steps=12, unet_channels=(32, 64))}
 
 # %% ../../nbs/pocket/72_train.ipynb #b87b2881
 def fit(
@@ -110,7 +111,7 @@ def build_tokenizer(
     words = [*chars, *(c + "</w>" for c in chars), *("".join(m.split()) for m in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[tuple(m.split()) for m in merges], model_max_length=length)
 
-# %% ../../nbs/pocket/72_train.ipynb #c825c3bd
+# %% ../../nbs/pocket/72_train.ipynb #1fbf8dfd
 def build_vae(channels=(32, 64, 96)):
     "A small `AutoencoderKL`: 64 x 64 pixels to 16 x 16 x 4."
     from diffusers import AutoencoderKL
@@ -121,6 +122,20 @@ def image_loss(output, target):  # (n, 3, h, w) both
     "L1 of the pixels and half the L1 of their differences, which keeps edges."
     d = output - target
     return d.abs().mean() + .5 * (d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean())
+
+def polish_decoder(r: Recipe, vae, log):
+    "Train the decoder further with the encoder held fixed: the latents stay what they are, the pictures get sharper."
+    torch.manual_seed(r.seed); rng = np.random.default_rng([r.seed, 6])
+    vae.requires_grad_(False).to(memory_format=torch.channels_last)
+    vae.decoder.requires_grad_(True); vae.post_quant_conv.requires_grad_(True)
+    def loss_of(step):
+        images = to_tensor(scene_batch(16, rng)[0]).contiguous(memory_format=torch.channels_last)
+        with fast_math():
+            with torch.no_grad(): latents = vae.encode(images).latent_dist.sample()
+            output = vae.decode(latents).sample
+        return image_loss(output.float(), images)
+    watch("decoder", fit(vae, loss_of, r.polish_steps, 1e-3), log)
+    return vae.eval().to(memory_format=torch.contiguous_format)
 
 def train_vae(r: Recipe, log):
     "Train the autoencoder on fresh scenes and set its scaling factor."
@@ -250,7 +265,7 @@ def train_clip(r: Recipe, log):
     watch("clip", fit(model, loss_of, r.clip_steps, 1e-3, weight_decay=.1), log)
     return model.eval(), tokenizer
 
-# %% ../../nbs/pocket/72_train.ipynb #1f3389ca
+# %% ../../nbs/pocket/72_train.ipynb #e830d28f
 def save_judge(net, folder):
     "Write the judge's weights."
     from safetensors.torch import save_file
@@ -269,7 +284,7 @@ def build(
     write_json(note, asdict(r))
     if not (folder / "judge.safetensors").exists(): say("judge"); save_judge(train_judge(r, log), folder)
     if not (folder / "openclip").exists(): say("openclip"); save_clip(*train_clip(r, log), folder / "openclip", r.vocabulary)
-    if not (folder / "vae").exists() and not (folder / "sdxl").exists(): say("autoencoder"); train_vae(r, log).save_pretrained(folder / "vae")
+    if not (folder / "vae").exists() and not (folder / "sdxl").exists(): say("autoencoder"); polish_decoder(r, train_vae(r, log), log).save_pretrained(folder / "vae")
     if not (folder / "sdxl").exists():
         say("unet")
         train_unet(r, AutoencoderKL.from_pretrained(folder / "vae"), log, folder / "unfinished")
