@@ -208,7 +208,7 @@ def score_loss(p: Predictions, noisy, alpha, pipe, reward, prompts, weights, usu
     direction = uphill(pipe, reward, clean.flatten(0, 1), each, weights, usual, settings.balance != "sum", shifts)
     return dspo_score(p, direction.unflatten(0, clean.shape[:2]), alpha, settings.strength).mean()
 
-# %% ../nbs/52_dspo.ipynb #fdcc19b3
+# %% ../nbs/52_dspo.ipynb #ffdf81a6
 @dataclass
 class Tuning:
     "Everything a run carries from one rollout to the next."
@@ -235,7 +235,11 @@ def start(pipe, reward, prompts: list, settings: TrainDSPOSettings, watched: int
     "Put an adapter on the pipeline's UNet and encode the prompts."
     parameters = add_adapter(pipe.unet, settings.adapter, settings.rank, settings.layers, settings.seed)
     optimizer = torch.optim.AdamW(parameters, settings.lr, betas=(.9, .99), weight_decay=1e-4)
-    return Tuning(pipe, reward, settings, parameters, optimizer, prompts, encode(pipe, prompts), min(watched, len(prompts)), history=[])
+    text = encode(pipe, prompts)
+    if pipe.device.type == "cuda":  # memory, not time, is short there
+        pipe.unet.enable_gradient_checkpointing()
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2): encoder.to("cpu")
+    return Tuning(pipe, reward, settings, parameters, optimizer, prompts, text, min(watched, len(prompts)), history=[])
 
 # %% ../nbs/52_dspo.ipynb #a9be8e4d
 def watch_scores(run: Tuning) -> np.ndarray:  # (watched, aspects)

@@ -6,14 +6,14 @@
 __all__ = ['TIDY', 'OVERALL', 'RATINGS', 'REMARKS', 'REMARK_KINDS', 'SHEET_COLUMNS', 'SIMULATED', 'ENOUGH', 'parse_rating',
            'rubric_version', 'RatingStore', 'write_template', 'read_ratings_csv', 'read_remarks_csv', 'import_sheet',
            'write_ratings_csv', 'aspect_order', 'mean_ratings', 'is_simulated', 'simulated_raters', 'simulated_panel',
-           'completeness', 'judged_truth', 'run']
+           'completeness', 'judged_truth', 'noise_for', 'run']
 
-# %% ../nbs/20_ratings.ipynb #6a2b4806
+# %% ../nbs/20_ratings.ipynb #6ee43200
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-import csv, io, math, re, sys
+import csv, io, math, re, sys, time
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,7 @@ def rubric_version() -> str:
     "A fingerprint of the aspects and rubrics that raters see; it is kept with every rating."
     return fingerprint([asdict(a) for a in ASPECTS])
 
-# %% ../nbs/20_ratings.ipynb #e841deee
+# %% ../nbs/20_ratings.ipynb #abfc9c84
 def _tune_sqlite(connection, _):
     cursor = connection.cursor()
     for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"): cursor.execute(f"PRAGMA {pragma}")
@@ -70,13 +70,24 @@ def _engine(url):
     if url.get_backend_name() == "sqlite": sql.event.listen(engine, "connect", _tune_sqlite)
     return engine
 
+def _create(engine, patience=5):
+    "Make the tables that are not there; another process may be doing the same at this moment."
+    try:
+        with engine.begin() as c:
+            for table in _METADATA.sorted_tables:
+                c.execute(sql.schema.CreateTable(table, if_not_exists=True))
+                for index in table.indexes: c.execute(sql.schema.CreateIndex(index, if_not_exists=True))
+    except (sql.exc.OperationalError, sql.exc.ProgrammingError, sql.exc.IntegrityError):
+        if not patience: raise
+        time.sleep(.2); _create(engine, patience - 1)
+
 class RatingStore:
     "Ratings in a SQL database; append-only, the newest entry of a rater, image and aspect counts."
     def __init__(self,
         url: str = "sqlite:///data/annotations/ratings.db",  # SQLAlchemy URL; a missing SQLite file is made
     ):
         self.engine = _engine(url)
-        try: _METADATA.create_all(self.engine)
+        try: _create(self.engine)
         except sql.exc.SQLAlchemyError as e: raise InputError(f"database {self.engine.url!r} cannot be opened ({getattr(e, 'orig', e)}); check that the server runs, or that the file is a SQLite database in a folder you may write to") from None
 
     def __repr__(self): return f"RatingStore({self.engine.url!r})"
@@ -396,7 +407,7 @@ def completeness(
                      "ratings": int(raters.sum()), f"to go to {ENOUGH}": max(ENOUGH - len(raters), 0)})
     return pd.DataFrame(rows).set_index("aspect")
 
-# %% ../nbs/20_ratings.ipynb #0fe08aed
+# %% ../nbs/20_ratings.ipynb #490af229
 def _open_pocket_image(path):
     from PIL import Image
     try:
@@ -418,13 +429,24 @@ def judged_truth(
     scores = load_judge().score([_open_pocket_image(p) for p in images.image_path], list(images.prompt))
     return scores.set_axis(pd.Index(images.image_path, name="image_path"))
 
+def noise_for(
+    truth: pd.DataFrame,  # image_path × aspect
+    icc: float,           # wanted agreement of single raters, ICC(2,1), above 0 and below 1
+    bias: float = .5,     # of the raters, as in `simulated_raters`
+) -> np.ndarray:          # per aspect, in rating points
+    "The noise that gives single raters about this agreement: what is left of the wanted variance after bias and rounding."
+    if not 0 < icc < 1: raise InputError(f"icc {icc}: a number above 0 and below 1 is needed")
+    return np.sqrt(np.maximum(truth.var(ddof=1).to_numpy() * (1 - icc) / icc - bias ** 2 - 1 / 12, .04))
+
 def _simulate(store, images, settings):
     there = store.ratings()
     if len(there) and not there.rater.str.startswith(SIMULATED).all(): raise InputError(f"{settings.database} holds ratings of people; they are never mixed with a simulated panel: name another file with --database")
-    panel = simulated_panel(judged_truth(images), settings.simulate, settings.noise, settings.seed, prompt_ids=dict(zip(images.image_path, images.prompt_id)))
+    truth = judged_truth(images)
+    raters = simulated_raters(truth.columns, settings.simulate, np.tile(noise_for(truth, settings.icc), settings.simulate), seed=settings.seed)
+    panel = simulated_panel(truth, raters, seed=settings.seed, prompt_ids=dict(zip(images.image_path, images.prompt_id)))
     new = panel[~pd.MultiIndex.from_frame(panel[["rater", "image_path"]]).isin(pd.MultiIndex.from_frame(there[["rater", "image_path"]]))]
     store.add(new, source="simulated")
-    print(f"SIMULATED panel of {settings.simulate} raters (noise {settings.noise:g} points, truth from the judge): {len(new):,} ratings stored")
+    print(f"SIMULATED panel of {settings.simulate} raters (single-rater agreement about {settings.icc:g}, truth from the judge): {len(new):,} ratings stored")
 
 # %% ../nbs/20_ratings.ipynb #b2397142
 def _sheet(settings, images, store):

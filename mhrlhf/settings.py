@@ -36,7 +36,7 @@ class SamplingSettings(PipelineSettings):
     guidance_until: float = 1.0   # LOSSY below 1: share of the steps that are guided; 0.6 saves a fifth of the time
     cache_every: int = 1          # LOSSY above 1: the whole UNet only every so many steps (DeepCache); 2 saves a third
 
-# %% ../nbs/01_settings.ipynb #ef3abb7b
+# %% ../nbs/01_settings.ipynb #c5ebfb43
 @dataclass(frozen=True)
 class GenerateSettings(SamplingSettings):
     "Step 1: images from prompts."
@@ -47,6 +47,7 @@ class GenerateSettings(SamplingSettings):
     seeds: int = 2                                # images per prompt, seeds 0, 1, …
     limit: int = 0                                # use only the first prompts; 0: all
     processes: int = 1                            # worker processes; one per GPU
+    compile: bool = False                         # compile the UNet's blocks; GPU only, pays from some hundred images
     remake: bool = False                          # make images again that other settings or another prompt made
     profile: str = ""                             # the section these settings come from; noted in the metadata
 
@@ -57,7 +58,7 @@ class AnnotateSettings:
     annotations: Path = Path("data/annotations/multihead_ratings.csv")   # rating sheet: template out, filled sheet in
     database: str = "sqlite:///data/annotations/ratings.db"              # SQLAlchemy URL; PostgreSQL for a team
     simulate: int = 0       # raters of a SIMULATED panel to fill the store with; pocket images only
-    noise: float = 1.5      # a simulated rater's noise, in rating points
+    icc: float = 0.6        # single-rater agreement of the SIMULATED panel, 0-1; sets its noise
     seed: int = 0           # of the simulated panel
 
 # %% ../nbs/01_settings.ipynb #ec1431bb
