@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGET', 'FEW', 'MeanSquares', 'CannotTell', 'mean_squares', 'Interval', 'step_up', 'icc_1', 'icc_3', 'icc_2',
-           'intraclass', 'krippendorff_alpha', 'disagreement_flags', 'verdict', 'aspect_agreement', 'Agreement',
-           'agreement']
+           'intraclass', 'krippendorff_alpha', 'within_group_agreement', 'disagreement_flags', 'verdict',
+           'aspect_agreement', 'Agreement', 'agreement']
 
 # %% ../nbs/31_agreement.ipynb #2911aee5
 from dataclasses import dataclass, field
@@ -183,6 +183,15 @@ def krippendorff_alpha(
     drawn = np.concatenate([rng.multinomial(total, count / total, size=50) @ kinds for _ in range(math.ceil(draws / 50))])
     low, high = np.quantile(_alpha(drawn[:, 0], drawn[:, 1:], metric), [.025, .975])
     return Interval(float(_alpha(disagreement.sum(), sums.sum(0), metric)), float(low), float(high))
+
+# %% ../nbs/31_agreement.ipynb #e6b7bdc4
+def within_group_agreement(
+    tidy: pd.DataFrame,   # ratings of one aspect
+    options: int = 11,    # answers there are
+) -> pd.Series:           # image_path -> rWG, 1 for full agreement; images with two ratings or more
+    "rWG of each image, against the uniform distribution (James, Demaree & Wolf 1984)."
+    variance = tidy.groupby("image_path", sort=False).value.var().dropna()
+    return 1 - variance / ((options ** 2 - 1) / 12)
 
 # %% ../nbs/31_agreement.ipynb #b82fc3ad
 def _flags_of(tidy, false_alarm):

@@ -1,0 +1,141 @@
+"""The rating half: statistics against references and simulated truth, speed and memory at size, the store: python benchmarks/ratings.py [--quick] [--json FILE]
+
+Times are processor seconds of one process, so that other work on the machine does not change them; medians of the runs count.
+All panels are simulated and seeded."""
+from pathlib import Path
+from statistics import median
+import argparse, json, multiprocessing, os, platform, resource, sys, tempfile, time, warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
+import pandas as pd
+
+from mhrlhf.agreement import agreement, icc_2, icc_3, intraclass, krippendorff_alpha, mean_squares
+from mhrlhf.aspects import NAMES
+from mhrlhf.panel import RatingSession
+from mhrlhf.raters import true_scores
+from mhrlhf.ratings import RatingStore, simulated_panel, simulated_raters
+
+def timed(work):
+    "Processor seconds of a call."
+    start = time.process_time(); work()
+    return time.process_time() - start
+
+def tidy(rows):
+    return pd.DataFrame([dict(rater=j, image_path=i, aspect="style", value=float(v)) for i, row in enumerate(rows) for j, v in enumerate(row) if v is not None])
+
+# Statistics --------------------------------------------------------------------------------------------------
+
+def reference_cases():
+    "Largest distance to the published figures (Shrout & Fleiss 1979; Krippendorff 2011; rWG of the first table)."
+    a = tidy([(9, 2, 5, 8), (6, 1, 3, 2), (8, 4, 6, 8), (7, 1, 2, 6), (10, 5, 6, 9), (6, 2, 4, 7)])
+    observers = "1 2 3 3 2 1 4 1 2 . . ./1 2 3 3 2 2 4 1 2 5 . 3/. 3 3 3 2 3 4 2 2 5 1 ./1 2 3 3 2 4 4 1 2 5 1 ."
+    d = tidy(zip(*[[None if v == "." else int(v) for v in row.split()] for row in observers.split("/")]))
+    found, table = [], intraclass(mean_squares(a))
+    for name, known in dict(icc_1_1=(.165742, -.132932, .722560), icc_2_1=(.289764, .018787, .761084), icc_3_1=(.714841, .342465, .945858), icc_1_k=(.442797, -.884442, .912415),
+                            icc_2_k=(.620051, .071137, .927232), icc_3_k=(.909316, .675675, .985892)).items():
+        found += list(np.subtract((table[name].value, table[name].low, table[name].high), known))
+    for case, level, known in (a, "ordinal", .109059), (a, "interval", .147308), (d, "nominal", .743421), (d, "ordinal", .815388), (d, "interval", .849107):
+        found.append(krippendorff_alpha(case, level, draws=50).value - known)
+    return max(map(abs, found))
+
+def coverage(draws, images=60, raters=12, per_image=4, sd=(1.5, .6, 1.2)):
+    "Share of the 95 % intervals of ICC(2,1) and ICC(3,1) that hold the truth, 4 of 12 raters an image."
+    rng, hits = np.random.default_rng(0), np.zeros(2)
+    true = sd[0] ** 2 / sum(s ** 2 for s in sd), sd[0] ** 2 / (sd[0] ** 2 + sd[2] ** 2)
+    for _ in range(draws):
+        y = rng.normal(0, sd[0], (images, 1)) + rng.normal(0, sd[1], (1, raters)) + rng.normal(0, sd[2], (images, raters))
+        i, j = np.nonzero(rng.permuted(np.tile(np.arange(raters), (images, 1)), axis=1) < per_image)
+        ms = mean_squares(pd.DataFrame(dict(image_path=i, rater=j, value=y[i, j])))
+        hits += [interval.low <= t <= interval.high for interval, t in zip((icc_2(ms), icc_3(ms)), true)]
+    return hits / draws
+
+PANELS = {"4 of 12, unequal": {}, "3 of 12, unequal": dict(per_image=3), "4 of 12, 2 random": dict(random=2), "4 of 8, equal": dict(raters=8, bias=0, expertise=0),
+          "4 of 4, equal": dict(raters=4, expertise=0, missing=0), "5 of 5, unequal": dict(raters=5, per_image=5)}
+
+def gains(draws, raters=12, per_image=4, bias=.8, expertise=.5, missing=.05, random=0):
+    "Correlation with the truth of the plain mean and of the shrunken rater model."
+    found = []
+    for seed in range(draws):
+        truth = pd.DataFrame(np.clip(np.random.default_rng(seed).normal(5.5, 2, (150, 1)), 0, 10), columns=["style"], index=[f"p{i}/0.png" for i in range(150)])
+        who = simulated_raters(["style"], raters, bias=bias, expertise=expertise, seed=seed); who.iloc[:random] = [0, .05, 3]
+        panel = simulated_panel(truth, who, per_image=per_image, missing=missing, seed=seed)
+        found.append([true_scores(panel, m).value["style"].corr(truth["style"]) for m in ("mean", "shrunken")])
+    return np.mean(found, axis=0)
+
+# Size --------------------------------------------------------------------------------------------------------
+
+def large_panel(images, raters=8, per_image=4, aspects=NAMES):
+    rng = np.random.default_rng(0)
+    who = np.argsort(rng.random((images, raters)), axis=1)[:, :per_image].ravel()
+    image = np.repeat(np.arange(images), per_image)
+    parts = [pd.DataFrame(dict(rater=who, image_path=image, aspect=a, value=np.clip(np.round(np.repeat(rng.normal(5, 2, images), per_image) + rng.normal(0, 1.3, len(who))), 0, 10))) for a in aspects]
+    table = pd.concat(parts, ignore_index=True)
+    names, paths = np.array([f"rater {i}" for i in range(raters)]), np.array([f"data/images/p{i}/0.png" for i in range(images)])
+    return table.assign(rater=names[table.rater], image_path=paths[table.image_path], prompt_id="p")
+
+def report_alone(images, connection):
+    "The agreement report in a process of its own: ratings, processor seconds, peak memory in GB."
+    table = large_panel(images); seconds = timed(lambda: agreement(table))
+    connection.send((len(table), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 ** 2))
+
+def report(images):
+    ours, theirs = multiprocessing.Pipe(False)
+    process = multiprocessing.get_context("spawn").Process(target=report_alone, args=(images, theirs)); process.start()
+    found = ours.recv(); process.join()
+    return found
+
+def mixed_model(table):
+    "The same variance components by statsmodels, for comparison."
+    import statsmodels.api as sm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sm.MixedLM.from_formula("value ~ 1", groups="one", re_formula="0", vc_formula=dict(image="0 + C(image_path)", rater="0 + C(rater)"), data=table.assign(one=1)).fit()
+
+# Store and session -------------------------------------------------------------------------------------------
+
+def session_times(folder, answers):
+    "Seconds to open 100,000 images, and median seconds from a key to the stored answer (no browser)."
+    images = pd.DataFrame(dict(prompt_id="p", image_path=[f"data/images/{i}/0.png" for i in range(100_000)], prompt="a fox"))
+    store = RatingStore(f"sqlite:///{folder}/ratings.db")
+    opened = timed(lambda: RatingSession(images, store, "ann"))
+    session, took = RatingSession(images, store, "ann"), []
+    for i in range(answers):
+        start = time.perf_counter(); session.press(str(i % 10)); took.append(time.perf_counter() - start)
+    return opened, median(took)
+
+def rows_of(quick):
+    "The table's rows: figure, ours, peer, goal, runs, whether small is good."
+    draws, runs = (100, 1) if quick else (500, 3)
+    yield "reference cases A, D: largest error", reference_cases(), None, 1e-6, 1, True
+    for name, share in zip(("ICC(2,1)", "ICC(3,1)"), coverage(draws)): yield f"coverage of the 95 % interval of {name}: distance from 0.95", abs(share - .95), None, .02 if not quick else .05, draws, True
+    for name, settings in PANELS.items():
+        plain, ours = gains(8 if quick else 40, **settings)
+        yield f"correlation with the truth, {name}: shrunken model beside the plain mean", ours, plain, plain + (.02 if name.startswith("4 of 12, unequal") else -.002), 8 if quick else 40, False
+    small = large_panel(60, aspects=("style",))
+    yield "variance components, 240 ratings, s: ours beside statsmodels", median(timed(lambda: icc_2(mean_squares(small))) for _ in range(5)), timed(lambda: mixed_model(small)), None, 5, True
+    sizes = (5_000, 50_000) if quick else (20_000, 200_000)
+    found = [[report(n) for _ in range(runs)] for n in sizes]
+    (few, short, _), (many, long, memory) = [(f[0][0], median(r[1] for r in f), max(r[2] for r in f)) for f in found]
+    yield f"agreement report, {many:,} ratings, processor s", long, None, 20., runs, True
+    yield f"agreement report, {many:,} ratings, peak GB", memory, None, 2., runs, True
+    yield f"growth of the time from {few:,} to {many:,} ratings", long / short, None, 11., runs, True
+    with tempfile.TemporaryDirectory() as folder: opened, stored = session_times(folder, 100 if quick else 500)
+    yield "a session with 100,000 images opens, processor s", opened, None, 1., 1, True
+    yield "key to stored answer without a browser, s", stored, None, .05, 100 if quick else 500, True
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer draws and a tenth of the size; ends within three minutes")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options, rows = parser.parse_args(), []
+    for figure, ours, peer, goal, runs, small in rows_of(options.quick):
+        met = None if goal is None else bool(ours <= goal if small else ours >= goal)
+        rows.append(dict(figure=figure, ours=float(ours), peer=None if peer is None else float(peer), ratio=None if not peer else float(ours / peer), goal=None if goal is None else float(goal), met=met, runs=runs))
+        show = lambda v: "-" if v is None else f"{v:.4g}"
+        print(f"{figure:<92} ours {show(rows[-1]['ours']):>10}  peer {show(rows[-1]['peer']):>8}  goal {show(rows[-1]['goal']):>8}  {'' if met is None else 'met' if met else 'MISSED'}", flush=True)
+    machine = dict(cpus=os.cpu_count(), machine=platform.machine(), python=platform.python_version())
+    if options.json: options.json.write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + "\n")
+    return 0 if all(r["met"] is not False for r in rows) else 1
+
+if __name__ == "__main__": sys.exit(main())
