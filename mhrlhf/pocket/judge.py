@@ -62,7 +62,7 @@ def spatial_score(x, y, size):  # fractions of the image, arrays
     over = reduce(np.maximum, [size / 2 - x, x + size / 2 - 1, size / 2 - y, y + size / 2 - 1])
     return 10 * (.5 * thirds + .3 * fitting + .2 * np.clip(1 - over / .1, 0, 1))
 
-# %% ../../nbs/pocket/71_judge.ipynb #059bbe24
+# %% ../../nbs/pocket/71_judge.ipynb #d556d98e
 TEMPERATURE = 2.
 
 def iconographic_score(p_object, p_scene):  # probabilities of what the prompt asks for
@@ -70,8 +70,8 @@ def iconographic_score(p_object, p_scene):  # probabilities of what the prompt a
     return 10 * (.7 * p_object + .3 * p_scene)
 
 def style_score(p_style, palette_distance):  # probability of the asked style; RMS distance of colours, 0-255
-    "0-10: the asked style is recognised (6), its palette is kept (4)."
-    return 10 * (.6 * p_style + .4 * np.exp(-(palette_distance / 45) ** 2))
+    "0-10: the asked style is recognised (4), its palette is kept (6)."
+    return 10 * (.4 * p_style + .6 * np.exp(-(palette_distance / 20) ** 2))
 
 @cache
 def palette(style: int, scene: int) -> np.ndarray:

@@ -229,24 +229,24 @@ def render(
     if f.noise: image = image + f.noise * 34 * rng.standard_normal((SIZE // 2, SIZE // 2, 1), np.float32).repeat(2, 0).repeat(2, 1)
     return np.clip(image + .5, 0, 255).astype(np.uint8)
 
-# %% ../../nbs/pocket/70_scenes.ipynb #bb4476cf
-_WORDS = dict(x=((.42, "on the left"), (.58, "in the centre"), (9, "on the right")),
-              y=((.47, "high up"), (.6, None), (9, "low down")),
-              size=((.45, "tiny"), (.58, "medium-sized"), (9, "large")),
-              blur=((.2, "sharp"), (.6, "blurry"), (9, "very blurry")),
+# %% ../../nbs/pocket/70_scenes.ipynb #22990d2f
+_WORDS = dict(x=((.29, "left edge"), (.39, "left third"), (.46, "left of centre"), (.54, "centred"), (.61, "right of centre"), (.71, "right third"), (9, "right edge")),
+              y=((.45, "high up"), (.58, "middle"), (9, "low down")),
+              size=((.42, "tiny"), (.52, "small"), (.6, "large"), (9, "huge")),
+              blur=((.15, "sharp"), (.45, "soft"), (.75, "blurry"), (9, "very blurry")),
               noise=((.2, "clean"), (.6, "noisy"), (9, "very noisy")),
               desaturation=((.2, "colourful"), (.6, "faded"), (9, "grey")),
-              texture=((.33, "smooth"), (.66, None), (9, "textured")),
-              shadow=((.33, "no shadow"), (.66, "soft shadow"), (9, "strong shadow")))
+              texture=((.2, "smooth"), (.45, "fine texture"), (.7, "texture"), (9, "strong texture")),
+              shadow=((.2, "no shadow"), (.45, "faint shadow"), (.7, "shadow"), (9, "strong shadow")))
 
 def rich_caption(
     f: Factors,                # the truth
     rng: np.random.Generator,  # which words are said
     keep: float = 0.5,         # probability that a factor is mentioned
 ) -> str:
-    "The caption, followed by words for some of the other factors."
+    "The caption, followed by words for some of the other factors in any order."
     said = [next(w for limit, w in steps if getattr(f, name) < limit) for name, steps in _WORDS.items() if rng.random() < keep]
-    return ", ".join([f.caption, *filter(None, said)])
+    return ", ".join([f.caption, *rng.permutation(said)])
 
 # %% ../../nbs/pocket/70_scenes.ipynb #f3f29af3
 def scene_batch(

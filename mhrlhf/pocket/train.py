@@ -21,7 +21,7 @@ from ..files import InputError, write_json
 from .scenes import caption, draw_factors, render, rich_caption, scene_batch, unseen_captions
 from .judge import JudgeNet, judge_loss, to_tensor
 
-# %% ../../nbs/pocket/72_train.ipynb #3a131c0e
+# %% ../../nbs/pocket/72_train.ipynb #c9b76cdc
 @dataclass(frozen=True)
 class Recipe:
     "How long and how wide: one training of all parts."
@@ -29,6 +29,7 @@ class Recipe:
     judge_steps: int = 3500      # of 64 fresh scenes
     judge_width: int = 32        # channels of the judge's first layer
     clip_steps: int = 3000       # of 96 fresh scenes with rich captions
+    clip_hard_steps: int = 900   # of the same, most of them batches of few captions
     vae_steps: int = 3200        # of 16 fresh scenes
     polish_steps: int = 3200     # of its decoder alone, afterwards
     vae_channels: tuple = (32, 64, 96)
@@ -39,7 +40,7 @@ class Recipe:
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
 
 RECIPES = {"cpu": Recipe(),
-           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, vae_steps=12, polish_steps=4, vae_channels=(8, 16, 16), scenes=128, unet_steps=12, unet_channels=(32, 64))}
+           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, clip_hard_steps=4, vae_steps=12, polish_steps=4, vae_channels=(8, 16, 16), scenes=128, unet_steps=12, unet_channels=(32, 64))}
 
 # %% ../../nbs/pocket/72_train.ipynb #b87b2881
 def fit(
@@ -248,7 +249,7 @@ def save_clip(model, tokenizer, folder, tokens=8192):
     (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=clip_config(tokens), preprocess_cfg=preprocess), indent=1) + "\n")
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/pocket/72_train.ipynb #42c1a9cf
+# %% ../../nbs/pocket/72_train.ipynb #14146e47
 def train_clip(r: Recipe, log):
     "Train the backbone on fresh scenes with rich captions."
     import open_clip
@@ -256,13 +257,15 @@ def train_clip(r: Recipe, log):
     c = clip_config(r.vocabulary)
     model = open_clip.CLIP(c["embed_dim"], c["vision_cfg"], {k: v for k, v in c["text_cfg"].items() if k != "hf_tokenizer_name"})
     tokenizer, mean, std = build_tokenizer(r.vocabulary, 40), *(torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    def loss_of(step):
-        images, truth = scene_batch(96, rng)
-        ids = tokenizer([rich_caption(f, rng, keep=rng.choice([0, .5, 1])) for f in truth], padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
+    every = sorted({f.caption for f in draw_factors(4000, rng)})
+    def loss_of(hard):
+        images, truth = scene_batch(96, rng, [every[i] for i in rng.choice(len(every), 4)] if hard else None)
+        ids = tokenizer([rich_caption(f, rng, keep=1 if hard else rng.choice([0, .5, 1])) for f in truth], padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
         with fast_math(): image, text, scale = model((to_tensor(images) / 2 + .5 - mean) / std, ids)
         logits = scale.float().clamp(max=100) * image.float() @ text.float().T
         return (F.cross_entropy(logits, torch.arange(96)) + F.cross_entropy(logits.T, torch.arange(96))) / 2
-    watch("clip", fit(model, loss_of, r.clip_steps, 1e-3, weight_decay=.1), log)
+    watch("clip", fit(model, lambda step: loss_of(False), r.clip_steps, 1e-3, weight_decay=.1), log)
+    watch("clip, hard", fit(model, lambda step: loss_of(step % 3 > 0), r.clip_hard_steps, 1e-3, weight_decay=.1), log)
     return model.eval(), tokenizer
 
 # %% ../../nbs/pocket/72_train.ipynb #e830d28f
