@@ -8,16 +8,16 @@ import argparse, json, multiprocessing, os, platform, sys, tempfile, time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, GUIDANCE = 20, 4.
+GUIDANCE = 4.
 
 # The sides, each in a process of its own ---------------------------------------------------------------------
 
-def plain(pipe, prompts, folder, batch):
+def plain(pipe, prompts, folder, batch, steps):
     "What a researcher would write: a loop over prompts, or over batches of them."
     import torch
     for at in range(0, len(prompts), batch):
         part = prompts[at:at + batch]
-        made = pipe([p.prompt for p in part], num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        made = pipe([p.prompt for p in part], num_inference_steps=steps, guidance_scale=GUIDANCE,
                     generator=[torch.Generator().manual_seed(at + i) for i in range(len(part))]).images
         for p, image in zip(part, made): image.save(folder/f"{p.prompt_id}.png")
 
@@ -50,28 +50,28 @@ class Side:
 
 # What is measured --------------------------------------------------------------------------------------------
 
-def seconds_plain(worker, prompts, batch):
-    with tempfile.TemporaryDirectory() as folder: worker.start("plain", prompts, Path(folder), batch); return worker.wait()[0]
+def seconds_plain(worker, prompts, batch, steps):
+    with tempfile.TemporaryDirectory() as folder: worker.start("plain", prompts, Path(folder), batch, steps); return worker.wait()[0]
 
-def seconds_ours(workers, limit):
+def seconds_ours(workers, limit, steps):
     from torch.distributed import TCPStore
     from mhrlhf.settings import GenerateSettings
     with tempfile.TemporaryDirectory() as folder:
         server = TCPStore("127.0.0.1", 0, is_master=True)
         settings = GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path(folder)/"images", metadata=Path(folder)/"m.csv", seeds=1, limit=limit,
-                                    steps=STEPS, guidance_scale=GUIDANCE, device="cpu", batch=8)
+                                    steps=steps, guidance_scale=GUIDANCE, device="cpu", batch=8)
         for rank, w in enumerate(workers): w.start("ours", settings, server.port, rank, len(workers))
         return max(w.wait()[0] for w in workers)
 
-def throughput(images, rounds):
+def throughput(images, rounds, steps):
     "Seconds of each way, in turns."
     from mhrlhf.generate import read_prompts
     prompts = read_prompts(ROOT/"data/prompts.csv", images)
     both, a, b = Side(2), Side(1), Side(1)
     for s in (both, a, b): s.ready()
     batches = (4, 8, 16)
-    ways = {"plain, one prompt at a time": lambda: seconds_plain(both, prompts, 1), **{f"plain, batch {n}": lambda n=n: seconds_plain(both, prompts, n) for n in batches},
-            "ours, one worker": lambda: seconds_ours([a], images), "ours, two workers": lambda: seconds_ours([a, b], images)}
+    ways = {"plain, one prompt at a time": lambda: seconds_plain(both, prompts, 1, steps), **{f"plain, batch {n}": lambda n=n: seconds_plain(both, prompts, n, steps) for n in batches},
+            "ours, one worker": lambda: seconds_ours([a], images, steps), "ours, two workers": lambda: seconds_ours([a, b], images, steps)}
     for way in ways.values(): way()   # warm
     taken = {name: [] for name in ways}
     for _ in range(rounds):
@@ -105,9 +105,9 @@ def scan_seconds(images):
 def row(figure, ours, peer, ratio, goal, runs, at_least=True):
     return dict(figure=figure, ours=round(ours, 4), peer=round(peer, 4), ratio=round(ratio, 4), goal=goal, met=bool(ratio >= goal if at_least else ratio <= goal), runs=runs)
 
-def measure(quick):
-    images, rounds, scanned = (16, 3, 10_000) if quick else (64, 5, 100_000)
-    speed = throughput(images, rounds)
+def measure(quick, steps):
+    images, rounds, scanned = (32, 3, 10_000) if quick else (64, 7, 100_000)
+    speed = throughput(images, rounds, steps)
     two, one, single = speed["ours, two workers"], speed["ours, one worker"], speed["plain, one prompt at a time"]
     best = max(v for k, v in speed.items() if k.startswith("plain, batch"))
     claims = {n: median(claim_seconds(n) for _ in range(3)) for n in (100, 10_000)}
@@ -124,9 +124,9 @@ def measure(quick):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images: within three minutes"); parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--quick", action="store_true", help="fewer images: within three minutes"); parser.add_argument("--json", help="also write the figures here"); parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     options = parser.parse_args()
-    speed, rows = measure(options.quick)
+    speed, rows = measure(options.quick, options.steps)
     machine = dict(processor=platform.processor() or platform.machine(), cores=os.cpu_count(), load=round(os.getloadavg()[0], 1), python=platform.python_version())
     print("  ".join(f"{k} {v}" for k, v in machine.items()))
     for name, value in speed.items(): print(f"{name:<32}{value:8.2f} images/s")

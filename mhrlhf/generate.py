@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METADATA_COLUMNS', 'PART', 'Prompt', 'read_prompts', 'image_seed', 'Sampler', 'guided_until', 'deep_cache',
-           'image_is_sound', 'sample_images', 'unread_words', 'warn_of_long_prompts', 'read_metadata', 'write_image',
-           'image_row', 'append_rows', 'Task', 'plan_tasks', 'missing_images', 'sweep_parts', 'settings_hash',
-           'order_metadata', 'Queue', 'Writer', 'work', 'progress_line', 'ProgressLine', 'join_group', 'one_thread',
-           'work_in_group', 'plain_faults', 'launched_worker', 'launch', 'prepare', 'run', 'estimate_memory']
+           'image_is_sound', 'sample_images', 'unread_words', 'warn_of_long_prompts', 'estimate_memory', 'memory_note',
+           'read_metadata', 'write_image', 'image_row', 'append_rows', 'Task', 'plan_tasks', 'missing_images',
+           'sweep_parts', 'settings_hash', 'order_metadata', 'Queue', 'Writer', 'work', 'progress_line', 'ProgressLine',
+           'join_group', 'one_thread', 'work_in_group', 'plain_faults', 'launched_worker', 'launch', 'prepare', 'run']
 
 # %% ../nbs/10_generate.ipynb #cf432403
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +228,95 @@ def warn_of_long_prompts(tokenizer, prompts, say=print):
     cut = [(p, words) for p in prompts if (words := unread_words(tokenizer, p.prompt))]
     for p, words in cut[:10]: say(f"warning: prompt {p.prompt_id} is longer than the model reads; it does not see: {words!r}")
     if cut[10:]: say(f"warning: {len(cut) - 10} more prompts are too long")
+
+# %% ../nbs/10_generate.ipynb #1d3bd1c3
+def _peak_bytes(network, call):
+    "The most bytes of results, beside the network's weights, that are alive at once during a call on `meta` tensors."
+    import torch, weakref
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    class Live(TorchDispatchMode):
+        live = peak = 0
+        known = weakref.WeakSet(t.untyped_storage() for t in network.state_dict().values())
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            results = function(*arguments, **(options or {}))
+            for t in tree_leaves(results):
+                if isinstance(t, torch.Tensor): self.count(t.untyped_storage())
+            return results
+        def count(self, storage):
+            if storage in self.known: return
+            self.known.add(storage); size = storage.nbytes()
+            self.live += size; self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.freed, size)
+        def freed(self, size): self.live -= size
+    with torch.no_grad(), Live() as mode: call()
+    return mode.peak
+
+# %% ../nbs/10_generate.ipynb #a5ab2950
+_CONFIGURED = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+
+def _on_meta(where, vae, dtype):
+    "The networks of a pipeline without their weights, by name."
+    import diffusers, torch, transformers
+    parts = {}
+    with torch.device("meta"):
+        for name, kind in _CONFIGURED.items():
+            source = dict(pretrained_model_name_or_path=vae) if name == "vae" and vae else dict(pretrained_model_name_or_path=where, subfolder=name)
+            cls = getattr(diffusers, kind)
+            parts[name] = cls.from_config(cls.load_config(**source)).to(dtype)
+        for name, cls in dict(text_encoder=transformers.CLIPTextModel, text_encoder_2=transformers.CLIPTextModelWithProjection).items():
+            parts[name] = cls(transformers.CLIPTextConfig.from_pretrained(where, subfolder=name)).to(dtype)
+    return parts
+
+def _unet_inputs(unet, images, width, height, dtype):
+    "Arguments of a UNet call for so many latents, on `meta`."
+    import torch
+    c, empty = unet.config, lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+    pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+    return (empty(images, c.in_channels, height, width), torch.empty((), device="meta"), empty(images, 77, c.cross_attention_dim)), dict(
+        added_cond_kwargs=dict(text_embeds=empty(images, pooled), time_ids=empty(images, 6)))
+
+# %% ../nbs/10_generate.ipynb #ce541d41
+def estimate_memory(
+    settings,        # a `SamplingSettings`
+    batch: int = 1,  # images per forward pass
+) -> dict:           # GB (2**30 bytes): weights, unet, vae and total at its highest moment
+    "What sampling will need, from the configuration files alone. Raises `InputError` if they are not there."
+    import torch
+    from mhrlhf.models import _missing, choose_device, choose_dtype, pocket_folder
+    dtype = choose_dtype(settings.dtype, device := choose_device(settings.device))
+    where = str(pocket_folder("sdxl")) if settings.pipeline == "pocket" else settings.pipeline
+    try: parts = _on_meta(where, settings.vae, dtype)
+    except (OSError, ValueError) as e: raise _missing(settings.pipeline, e) from None
+    unet, vae = parts["unet"], parts["vae"]
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    width, height = ((side or unet.config.sample_size * scale) // scale for side in (settings.width, settings.height))
+    inputs, options = _unet_inputs(unet, batch * (1 + (settings.guidance_scale > 1)), width, height, dtype)
+    decoded = torch.empty((1 if device.type == "cuda" else batch, vae.config.latent_channels, height, width), dtype=dtype, device="meta")
+    weights = sum(p.numel() * p.element_size() for part in parts.values() for p in part.parameters())
+    with _fused_attention(): needs = dict(unet=_peak_bytes(unet, lambda: unet(*inputs, **options)), vae=_peak_bytes(vae, lambda: vae.decode(decoded)))
+    return {k: v / 2**30 for k, v in (dict(weights=weights) | needs | dict(total=weights + max(needs.values()))).items()}
+
+@contextmanager
+def _fused_attention():
+    "Attention as a fused kernel does it: without the matrix of all pairs."
+    import torch.nn.functional as F
+    exact = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, **_: query.new_empty(*query.shape[:-1], value.shape[-1])
+    try: yield
+    finally: F.scaled_dot_product_attention = exact
+
+# %% ../nbs/10_generate.ipynb #c11c7db6
+def memory_note(
+    settings,  # a `SamplingSettings`
+) -> str:      # "" on a CPU
+    "What sampling will need of the GPU's memory, and what is free."
+    import torch
+    from mhrlhf.models import choose_device
+    if (device := choose_device(settings.device)).type != "cuda": return ""
+    need, free = estimate_memory(settings, 1 if settings.batch == "auto" else settings.batch)["total"], torch.cuda.mem_get_info(device)[0] / 2**30
+    return f"memory: about {need:.1f} GB will be needed, {free:.1f} GB of {torch.cuda.get_device_name(device)} are free" + (
+        "; that will hardly do: a smaller --batch, or end what else uses the GPU" if need > free else "")
 
 # %% ../nbs/10_generate.ipynb #fc657e58
 METADATA_COLUMNS = ("prompt_id", "seed", "image_path", "prompt", "genre", "profile", "pipeline", "steps", "guidance", "width", "height",
@@ -462,7 +551,7 @@ def _sample_tasks(sampler, tasks, last):
         for i, ok in zip(bad, again): sound[i] = ok
     return images, sound
 
-# %% ../nbs/10_generate.ipynb #2565e3d4
+# %% ../nbs/10_generate.ipynb #45a5d110
 def work(
     settings: GenerateSettings,
     tasks: list,     # of `Task`: all that are missing
@@ -472,8 +561,11 @@ def work(
     show=None,       # called by worker 0 with a dict of figures
 ):
     "Take batches from the queue until it is empty."
+    import torch
     from mhrlhf.models import load_pipeline
+    if rank == 0 and (note := memory_note(settings)): print(note, flush=True)
     pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
+    if settings.compile and pipe.device.type == "cuda": pipe.unet.compile_repeated_blocks(fullgraph=True)
     if rank == 0: warn_of_long_prompts(pipe.tokenizer, dict.fromkeys(t.prompt for t in tasks))
     sampler = Sampler(pipe, settings)
     queue, began = Queue(store, len(tasks), sampler.batch), time.time()
@@ -483,6 +575,7 @@ def work(
             queue.add("failed", len(batch) - sound); queue.add(f"done/{rank}", len(batch))
             if show and rank == 0: show(queue.figures(world, began))
     while show and rank == 0 and queue.add("left") < world - 1: time.sleep(.2); show(queue.figures(world, began))
+    if rank == 0 and pipe.device.type == "cuda": print(f"memory: {torch.cuda.max_memory_allocated(pipe.device) / 2**30:.1f} GB at the highest moment, batch {sampler.batch}", flush=True)
 
 def _make(sampler, batch, last, writer, rank):
     "Sample a batch and hand it to the writer; returns how many images are sound."
@@ -533,7 +626,7 @@ class ProgressLine:
     def close(self):
         if self.width: print(flush=True)
 
-# %% ../nbs/10_generate.ipynb #7cce8a90
+# %% ../nbs/10_generate.ipynb #70f48e11
 def join_group():
     "This process's place among the workers: rank, world, store."
     import torch
@@ -544,7 +637,9 @@ def join_group():
     from accelerate import Accelerator
     group = Accelerator(cpu=not torch.cuda.is_available())
     if group.num_processes != world: raise RuntimeError(f"{world} workers were launched, but the group has {group.num_processes}; launch with: accelerate launch --multi_gpu")
-    return group.process_index, world, torch.distributed.distributed_c10d._get_default_store()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    # accelerate's own restarts keep the store, so each needs counters of its own
+    return group.process_index, world, torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 def _share_missing(store, rank, settings):
     "Worker 0 looks at the disk, so that all agree on what is to be made."
@@ -617,10 +712,10 @@ def _read_settings(path):
     kinds = get_type_hints(GenerateSettings)
     return GenerateSettings(**{k: Path(v) if kinds[k] is Path else v for k, v in read_json(path).items()})
 
-# %% ../nbs/10_generate.ipynb #328c578c
+# %% ../nbs/10_generate.ipynb #49fed766
 def _command(settings, folder):
     flags = dict(num_processes=settings.processes, num_machines=1, mixed_precision="no", dynamo_backend="no", main_process_port=0,
-                 num_cpu_threads_per_process=1, max_restarts=3)
+                 num_cpu_threads_per_process=1)
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *[f"--{k}={v}" for k, v in flags.items()],
             "--no_python", sys.executable, "-c", "from mhrlhf.generate import launched_worker; launched_worker()", str(folder)]
 
@@ -636,7 +731,7 @@ def launch(
     try: _follow(process, show); code = process.wait()
     finally: _stop(process)
     if faults := sorted({f.read_text() for f in folder.glob("fault-*.txt")}): raise InputError("\n".join(faults))
-    if code: return f"the workers ended with code {code}; what they said is in {folder/'log.txt'}"
+    if code: return f"a worker or its launcher died (what they said is in {folder/'log.txt'})"
     shutil.rmtree(folder, ignore_errors=True)
     return ""
 
@@ -654,6 +749,15 @@ def _stop(process):
     try: os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError: pass
     process.wait()
+
+# %% ../nbs/10_generate.ipynb #1580ef56
+def _launch_until_done(settings, missing, show):
+    "What went wrong at last; \"\" if nothing did."
+    while True:
+        trouble, before = launch(settings, show), len(missing)
+        missing = prepare(settings, say=lambda _: None)[1]
+        if not trouble or len(missing) in (0, before): return trouble
+        print(f"{trouble}; starting workers again for the {len(missing)} images that are missing", flush=True)
 
 # %% ../nbs/10_generate.ipynb #6f2ddccc
 def _check_writable(settings):
@@ -689,7 +793,7 @@ def prepare(
     missing = sorted({*missing, *renamed, *other}); order_metadata(settings.metadata, tasks, missing)
     return tasks, missing
 
-# %% ../nbs/10_generate.ipynb #3b748e41
+# %% ../nbs/10_generate.ipynb #3e375fb2
 @contextmanager
 def _only_run(images):
     from filelock import FileLock, Timeout
@@ -705,12 +809,12 @@ def _finish(settings, tasks, trouble):
     rows = _known_rows(settings.metadata); left = missing_images(tasks, rows)
     order_metadata(settings.metadata, tasks, left)
     failed = [tasks[i].path for i in left if rows.get(tasks[i].path, {}).get("status") == "failed"]
-    if failed: print(f"{len(failed)} images came out empty or not a number, twice, and were not kept: {', '.join(failed[:5])}{' …' if failed[5:] else ''}; try another dtype or VAE")
+    if failed: print(f"{len(failed)} of {len(tasks)} images came out empty or not a number, twice, and were not kept: {', '.join(failed[:5])}{' …' if failed[5:] else ''}; try another dtype or VAE")
     if rest := len(left) - len(failed): print(f"{rest} images are missing: {trouble or 'a worker ended early'}. The same command makes them")
     print(f"{len(tasks) - len(left)} of {len(tasks)} images are in {settings.images}, a row for each in {settings.metadata}")
     return 1 if left else 0
 
-# %% ../nbs/10_generate.ipynb #4392de15
+# %% ../nbs/10_generate.ipynb #657f5bdc
 def run(
     settings: GenerateSettings,
 ) -> int:  # exit code: 1 if an image could not be made
@@ -723,7 +827,7 @@ def run(
         print(f"{len(tasks)} images of {len(tasks) // settings.seeds} prompts: {len(tasks) - len(missing)} are there" + (f", {len(missing)} to make by {workers}" if missing else ""), flush=True)
         show, trouble = ProgressLine(), ""
         try:
-            if missing and settings.processes > 1: trouble = launch(settings, show)
+            if missing and settings.processes > 1: trouble = _launch_until_done(settings, missing, show)
             elif missing:
                 import torch
                 with one_thread(): work(settings, [tasks[i] for i in missing], torch.distributed.HashStore(), show=show)
@@ -737,80 +841,3 @@ def _run_in_group(settings):
     with plain_faults(), _only_run(settings.images):
         work_in_group(settings, show); show.close()
         return _finish(settings, plan_tasks(settings), "")
-
-# %% ../nbs/10_generate.ipynb #d65fd824
-def _peak_bytes(call):
-    "The most bytes of results that are alive at once during a call on `meta` tensors."
-    import torch, weakref
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-    class Live(TorchDispatchMode):
-        live = peak = 0
-        known = weakref.WeakSet()
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            results = function(*arguments, **(options or {}))
-            for t in tree_leaves(results):
-                if isinstance(t, torch.Tensor): self.count(t.untyped_storage())
-            return results
-        def count(self, storage):
-            if storage in self.known: return
-            self.known.add(storage); size = storage.nbytes()
-            self.live += size; self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.freed, size)
-        def freed(self, size): self.live -= size
-    with torch.no_grad(), Live() as mode: call()
-    return mode.peak
-
-# %% ../nbs/10_generate.ipynb #a5ab2950
-_CONFIGURED = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-
-def _on_meta(where, vae, dtype):
-    "The networks of a pipeline without their weights, by name."
-    import diffusers, torch, transformers
-    parts = {}
-    with torch.device("meta"):
-        for name, kind in _CONFIGURED.items():
-            source = dict(pretrained_model_name_or_path=vae) if name == "vae" and vae else dict(pretrained_model_name_or_path=where, subfolder=name)
-            cls = getattr(diffusers, kind)
-            parts[name] = cls.from_config(cls.load_config(**source)).to(dtype)
-        for name, cls in dict(text_encoder=transformers.CLIPTextModel, text_encoder_2=transformers.CLIPTextModelWithProjection).items():
-            parts[name] = cls(transformers.CLIPTextConfig.from_pretrained(where, subfolder=name)).to(dtype)
-    return parts
-
-def _unet_inputs(unet, images, width, height, dtype):
-    "Arguments of a UNet call for so many latents, on `meta`."
-    import torch
-    c, empty = unet.config, lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
-    pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
-    return (empty(images, c.in_channels, height, width), torch.empty((), device="meta"), empty(images, 77, c.cross_attention_dim)), dict(
-        added_cond_kwargs=dict(text_embeds=empty(images, pooled), time_ids=empty(images, 6)))
-
-# %% ../nbs/10_generate.ipynb #4e176c50
-def estimate_memory(
-    settings,        # a `SamplingSettings`
-    batch: int = 1,  # images per forward pass
-) -> dict:           # GB (2**30 bytes): weights, unet, vae and total at its highest moment
-    "What sampling will need, from the configuration files alone. Raises `InputError` if they are not there."
-    import torch
-    from mhrlhf.models import choose_device, choose_dtype, pocket_folder
-    dtype = choose_dtype(settings.dtype, device := choose_device(settings.device))
-    where = str(pocket_folder("sdxl")) if settings.pipeline == "pocket" else settings.pipeline
-    try: parts = _on_meta(where, settings.vae, dtype)
-    except (OSError, ValueError) as e: raise InputError(f"the configuration of {settings.pipeline!r} cannot be read ({type(e).__name__})") from None
-    unet, vae = parts["unet"], parts["vae"]
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    width, height = ((side or unet.config.sample_size * scale) // scale for side in (settings.width, settings.height))
-    inputs, options = _unet_inputs(unet, batch * (1 + (settings.guidance_scale > 1)), width, height, dtype)
-    decoded = torch.empty((1 if device.type == "cuda" else batch, vae.config.latent_channels, height, width), dtype=dtype, device="meta")
-    weights = sum(p.numel() * p.element_size() for part in parts.values() for p in part.parameters())
-    with _fused_attention(): needs = dict(unet=_peak_bytes(lambda: unet(*inputs, **options)), vae=_peak_bytes(lambda: vae.decode(decoded)))
-    return {k: v / 2**30 for k, v in (dict(weights=weights) | needs | dict(total=weights + max(needs.values()))).items()}
-
-@contextmanager
-def _fused_attention():
-    "Attention as a fused kernel does it: without the matrix of all pairs."
-    import torch.nn.functional as F
-    exact = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, **_: query.new_empty(*query.shape[:-1], value.shape[-1])
-    try: yield
-    finally: F.scaled_dot_product_attention = exact

@@ -139,7 +139,7 @@ class MonitorSettings:
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../nbs/01_settings.ipynb #347c4161
+# %% ../nbs/01_settings.ipynb #cb6f5c1f
 @dataclass(frozen=True)
 class TestPipelineSettings:
     "The whole method on the pocket in ten minutes."
@@ -153,7 +153,7 @@ class TestPipelineSettings:
 
 STAGES = {"generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings, "train-dspo": TrainDSPOSettings,
           "evaluate": EvaluateSettings, "inference": InferenceSettings, "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings}
-MODULES = {stage: stage for stage in STAGES} | {"annotate": "ratings", "train-reward": "reward", "train-dspo": "dspo", "test-pipeline": "workflow"}  # whose `run` is the stage
+MODULES = {stage: stage for stage in STAGES} | {"train-reward": "reward", "train-dspo": "dspo", "test-pipeline": "workflow"}  # whose `run` is the stage
 
 # %% ../nbs/01_settings.ipynb #f761072a
 def _sections(path):

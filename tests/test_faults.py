@@ -218,8 +218,8 @@ class Run:
         out, err = self.process.communicate(timeout=400)
         return self.process.returncode, out, err
 
-def test_processes_are_killed_and_the_command_goes_on(tmp_path):
-    "Ctrl-C, then kill -9 of the command itself, of accelerate's launcher, of a worker: each time the same command goes on."
+def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
+    "Ctrl-C, then kill -9 of the command itself, of accelerate's launcher and of a worker: nothing is lost."
     run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
     run.process.send_signal(signal.SIGINT); code, out, err = run.end()
     assert code == 130 and "stopped; nothing finished is lost" in err and "Traceback" not in err + out
@@ -228,18 +228,24 @@ def test_processes_are_killed_and_the_command_goes_on(tmp_path):
     run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
     run.process.kill(); run.end(); gone(family)
 
-    run = Run(tmp_path); run.wait_for(4)
-    launcher = next(p for p, command in children(run.process.pid).items() if "accelerate" in command)
-    family = children(run.process.pid); os.kill(launcher, signal.SIGKILL); code, out, err = run.end()
-    assert code == 1 and "images are missing: the workers ended with code -9" in out and "The same command makes them" in out and "Traceback" not in err + out
+    run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
+    victim = next(p for p, command in family.items() if "accelerate" in command)
+    os.kill(victim, signal.SIGKILL)   # the launcher; new workers are started in the same run, and one of them is killed in its turn
+    while not (new := set(workers(run.process.pid)) - set(family)): assert run.process.poll() is None; time.sleep(.1)
+    run.wait_for(2); os.kill(min(new), signal.SIGKILL)
+    code, out, err = run.end()
+    assert code == 0, out + err
+    assert out.count("starting workers again for the") == 2 and "48 of 48 images are in data/images" in out and "Traceback" not in err + out
     gone(family)
-
-    run = Run(tmp_path); run.wait_for(4)
-    os.kill(workers(run.process.pid)[0], signal.SIGKILL); code, out, err = run.end()
-    assert code == 0, out + err   # the workers are started again and finish in the same run
-    assert "48 of 48 images are in data/images" in out
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=24))
+
+def test_workers_that_always_die_end_the_run(tmp_path, monkeypatch, capsys):
+    "A clear message and a code that is not zero, instead of starting again for ever."
+    monkeypatch.setattr(generate, "_command", lambda *a: ["sh", "-c", "echo bad luck >&2; exit 9"])
+    assert generate.run(small(tmp_path, 2, processes=2)) == 1
+    said = capsys.readouterr().out
+    assert "4 images are missing: a worker or its launcher died" in said and "The same command makes them" in said and "0 of 4 images" in said
 
 def gone(family):
     "No orphan goes on working."
