@@ -6,14 +6,14 @@
 __all__ = ['TIDY', 'OVERALL', 'RATINGS', 'REMARKS', 'REMARK_KINDS', 'SHEET_COLUMNS', 'SIMULATED', 'ENOUGH', 'parse_rating',
            'rubric_version', 'RatingStore', 'write_template', 'read_ratings_csv', 'read_remarks_csv', 'import_sheet',
            'write_ratings_csv', 'aspect_order', 'mean_ratings', 'is_simulated', 'simulated_raters', 'simulated_panel',
-           'completeness', 'judged_truth', 'noise_for', 'run']
+           'completeness']
 
-# %% ../nbs/20_ratings.ipynb #6ee43200
+# %% ../nbs/20_ratings.ipynb #79f34e38
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-import csv, io, math, re, sys, time
+import csv, io, math, re, time
 
 import numpy as np
 import pandas as pd
@@ -406,70 +406,3 @@ def completeness(
         rows.append({"aspect": name, "images rated": len(raters), "of": images, "raters per image": raters.mean() if len(raters) else 0.,
                      "ratings": int(raters.sum()), f"to go to {ENOUGH}": max(ENOUGH - len(raters), 0)})
     return pd.DataFrame(rows).set_index("aspect")
-
-# %% ../nbs/20_ratings.ipynb #490af229
-def _open_pocket_image(path):
-    from PIL import Image
-    try:
-        with Image.open(path) as image: image = image.convert("RGB")
-    except FileNotFoundError: raise InputError(f"{path}: no such image; generate it again, or remove its row from the metadata") from None
-    except OSError as e: raise InputError(f"{path}: not a readable image ({e}); delete it and generate it again") from None
-    if image.size != (64, 64): raise InputError(f"{path}: {image.width} × {image.height} pixels; a simulated panel can only rate the pocket's images (64 × 64)")
-    return image
-
-def judged_truth(
-    images: pd.DataFrame,  # with image_path and prompt
-) -> pd.DataFrame:         # image_path × aspect, 0-10
-    "The judge's scores of pocket images. Raises `InputError` for any others."
-    from mhrlhf.pocket.judge import load_judge
-    from mhrlhf.pocket.scenes import parse_caption
-    for prompt in set(images.prompt):
-        try: parse_caption(prompt)
-        except ValueError as e: raise InputError(f"a simulated panel can only rate the pocket's images: {e}; let people rate these") from None
-    scores = load_judge().score([_open_pocket_image(p) for p in images.image_path], list(images.prompt))
-    return scores.set_axis(pd.Index(images.image_path, name="image_path"))
-
-def noise_for(
-    truth: pd.DataFrame,  # image_path × aspect
-    icc: float,           # wanted agreement of single raters, ICC(2,1), above 0 and below 1
-    bias: float = .5,     # of the raters, as in `simulated_raters`
-) -> np.ndarray:          # per aspect, in rating points
-    "The noise that gives single raters about this agreement: what is left of the wanted variance after bias and rounding."
-    if not 0 < icc < 1: raise InputError(f"icc {icc}: a number above 0 and below 1 is needed")
-    return np.sqrt(np.maximum(truth.var(ddof=1).to_numpy() * (1 - icc) / icc - bias ** 2 - 1 / 12, .04))
-
-def _simulate(store, images, settings):
-    there = store.ratings()
-    if len(there) and not there.rater.str.startswith(SIMULATED).all(): raise InputError(f"{settings.database} holds ratings of people; they are never mixed with a simulated panel: name another file with --database")
-    truth = judged_truth(images)
-    raters = simulated_raters(truth.columns, settings.simulate, np.tile(noise_for(truth, settings.icc), settings.simulate), seed=settings.seed)
-    panel = simulated_panel(truth, raters, seed=settings.seed, prompt_ids=dict(zip(images.image_path, images.prompt_id)))
-    new = panel[~pd.MultiIndex.from_frame(panel[["rater", "image_path"]]).isin(pd.MultiIndex.from_frame(there[["rater", "image_path"]]))]
-    store.add(new, source="simulated")
-    print(f"SIMULATED panel of {settings.simulate} raters (single-rater agreement about {settings.icc:g}, truth from the judge): {len(new):,} ratings stored")
-
-# %% ../nbs/20_ratings.ipynb #b2397142
-def _sheet(settings, images, store):
-    "Write or read the sheet; returns its faults."
-    existed = settings.annotations.exists()
-    added = write_template(settings.annotations, images)
-    if not existed: print(f"{settings.annotations}: a sheet for {added} images; fill it in, or rate in the panel (nbs/30_panel.ipynb), and run this again"); return []
-    stored, faults = import_sheet(store, settings.annotations, dict(zip(images.image_path, images.prompt_id)))
-    print(f"{settings.annotations}: {stored} new ratings" + (f", {added} images added to the sheet" if added else ""))
-    return faults
-
-def run(
-    settings,  # `AnnotateSettings`
-) -> int:      # exit code: 2 if the sheet has faults; what is good in it is stored all the same
-    "Steps 2 and 3: sheet out, ratings in, completeness and agreement. Raises `InputError`."
-    from mhrlhf.agreement import agreement
-    from mhrlhf.generate import read_metadata
-    images, store = read_metadata(settings.metadata), RatingStore(settings.database)
-    faults = _sheet(settings, images, store)
-    if settings.simulate: _simulate(store, images, settings)
-    tidy = store.ratings()
-    print(f"\n{tidy.rater.nunique()} raters, {len(tidy):,} ratings in {settings.database}\n{completeness(tidy, len(images)).round(1)}\n")
-    if len(tidy): print(agreement(tidy))
-    for fault in faults: print(fault, file=sys.stderr)
-    if faults: print(f"mhrlhf annotate: {len(faults)} faults in {settings.annotations}; everything else is stored. Correct them and run this again", file=sys.stderr)
-    return 2 if faults else 0
