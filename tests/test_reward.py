@@ -1,0 +1,139 @@
+"The reward model's faults: what is said, and that a sound model stays in place. Small heads on made-up features; the pocket's backbone only where files are read."
+from contextlib import chdir
+from dataclasses import replace
+from types import SimpleNamespace
+
+from PIL import Image
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mhrlhf.aspects import NAMES
+from mhrlhf.features import Features
+from mhrlhf.files import InputError, read_json, write_csv
+from mhrlhf.ratings import RatingStore, simulated_panel
+from mhrlhf.reward import RewardModel, rated_images, run, save_model, train
+from mhrlhf.settings import TrainRewardSettings
+
+SETTINGS = TrainRewardSettings(hidden=8, epochs=6, patience=3)
+BACKBONE = SimpleNamespace(name="made-up", identity="made-up-1", device=torch.device("cpu"))
+
+def world(images=160, noise=1., seed=0):
+    "Features, the metadata of their images, and the ratings of a SIMULATED panel whose taste lies in the features."
+    rng = torch.Generator().manual_seed(seed)
+    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=rng), dim=-1)
+    features = Features(unit(images, 16), unit(images // 2, 16).repeat_interleave(2, 0), torch.randn(images, 9, 4, generator=rng))
+    paths = [f"images/p{i // 2:03}/{i % 2}.png" for i in range(images)]
+    metadata = pd.DataFrame(dict(prompt_id=[f"p{i // 2:03}" for i in range(images)], image_path=paths, prompt=[f"prompt {i // 2}" for i in range(images)]))
+    truth = pd.DataFrame(5 + 6 * features.image[:, :len(NAMES)].numpy(), paths, list(NAMES))
+    return features, metadata, simulated_panel(truth, raters=4, noise=noise)
+
+def learned(features, metadata, tidy, settings=SETTINGS): return train(rated_images(tidy, metadata), features, BACKBONE, settings)
+
+@pytest.fixture(scope="module")
+def trained(): return learned(*world())
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    save_model(trained.model, tmp_path / "model")
+    return tmp_path / "model"
+
+def load(folder, backbone=BACKBONE): return RewardModel.load(folder, "cpu", backbone)
+
+# What is learned, and what is not there to be learned
+
+def test_heads_learn_what_the_features_hold(trained):
+    assert trained.report.plcc_low.min() > .5, trained.report
+
+def test_shuffled_ratings_teach_nothing():
+    features, metadata, tidy = world()
+    paths, reports = sorted(set(tidy.image_path)), []
+    for seed in range(1, 5):  # a 95 % interval may miss 0 now and then; a leak between the split's sides would lift nearly all
+        other = dict(zip(paths, np.random.default_rng(seed).permutation(paths)))
+        reports.append(learned(features, metadata, tidy.assign(image_path=tidy.image_path.map(other))).report)
+    report = pd.concat(reports); holds = (report.plcc_low <= 0) & (report.plcc_high >= 0)
+    assert holds.sum() >= 16 and abs(report.plcc.mean()) < .08, report[["plcc", "plcc_low", "plcc_high"]]
+
+def test_a_rating_that_is_missing_touches_only_its_own_head(trained):
+    features, metadata, tidy = world()
+    gone = (tidy.aspect == "style") & tidy.image_path.isin(sorted(set(tidy.image_path))[:60])
+    fewer = learned(features, metadata, tidy[~gone], replace(SETTINGS, hidden=0)).predicted
+    complete = learned(features, metadata, tidy, replace(SETTINGS, hidden=0)).predicted
+    same = [a for a in NAMES if a != "style"]
+    assert np.allclose(fewer[same], complete[same], atol=1e-3) and not np.allclose(fewer["style"], complete["style"], atol=1e-3)
+
+# Ratings that cannot be learned from
+
+def test_too_few_and_constant_ratings_cost_only_their_own_head():
+    features, metadata, tidy = world()
+    few = (tidy.aspect == "style") & ~tidy.image_path.isin(sorted(set(tidy.image_path))[:12])
+    tidy = tidy[~few]; tidy.loc[tidy.aspect == "material", "value"] = 7.
+    rated = rated_images(tidy, metadata)
+    assert "12 rated images of 6 prompts" in rated.left_out["style"] and "all 160 images are rated 7" in rated.left_out["material"]
+    result = train(rated, features, BACKBONE, SETTINGS)
+    assert result.model.aspects == ["spatial", "iconographic", "fidelity"] and np.isfinite(result.report.plcc).all()
+
+def test_no_head_left_is_a_fault():
+    _, metadata, tidy = world()
+    with pytest.raises(InputError, match="no aspect has enough ratings(.|\n)*spatial: 4 rated images"): rated_images(tidy[tidy.image_path.isin(sorted(set(tidy.image_path))[:4])], metadata)
+
+def test_images_that_nobody_knows_are_named():
+    _, metadata, tidy = world()
+    with pytest.raises(InputError, match="2 rated images are not in the metadata .images/p000/0.png"): rated_images(tidy, metadata[2:])
+
+@pytest.mark.parametrize("part", ["image", "text", "patches"])
+def test_features_that_are_no_numbers_are_refused(part):
+    features, metadata, tidy = world()
+    getattr(features, part)[3] = float("nan")
+    with pytest.raises(InputError, match="not finite numbers"): learned(features, metadata, tidy)
+
+# A model on disk
+
+def test_another_backbone_is_refused(folder):
+    with pytest.raises(InputError, match="made-up-1.*not on other .other-2."): load(folder, SimpleNamespace(name="other", identity="other-2", device=torch.device("cpu")))
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda p: p.write_bytes(p.read_bytes()[:-40]), "damaged"),
+    (lambda p: p.write_bytes(b"no weights"), "damaged"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])), "checksum differs"),
+    (lambda p: p.unlink(), "no such file")], ids=["cut", "text", "one bit", "gone"])
+@pytest.mark.parametrize("name", ["fidelity", "projection"])
+def test_damaged_weights_are_refused(folder, name, spoil, says):
+    spoil(folder / read_json(folder / "reward_model.json")["files"][name]["file"])
+    with pytest.raises(InputError, match=f"{name}.safetensors: .*{says}.*train again"): load(folder)
+
+def test_no_model_is_said(tmp_path):
+    with pytest.raises(InputError, match="no reward model here; train one first"): load(tmp_path)
+
+def test_a_model_that_could_not_be_written_leaves_the_old_one(folder, trained, monkeypatch):
+    import mhrlhf.reward as reward
+    before, save = load(folder), reward.save_file
+    def full(tensors, path):
+        if "fidelity" in str(path): raise OSError("no space left on device")
+        save(tensors, path)
+    monkeypatch.setattr(reward, "save_file", full)
+    with pytest.raises(OSError): save_model(trained.model, folder)
+    after = load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
+
+# Images
+
+@pytest.fixture
+def project(tmp_path):
+    "A folder with images, metadata and a SIMULATED panel."
+    from mhrlhf.pocket.scenes import scene_batch
+    images, scenes = scene_batch(40, np.random.default_rng(0))
+    rows = [dict(prompt_id=f"p{i}", image_path=f"images/p{i}/0.png", prompt=f.caption, genre="") for i, f in enumerate(scenes)]
+    for row, image in zip(rows, images): (tmp_path / row["image_path"]).parent.mkdir(parents=True); Image.fromarray(image).save(tmp_path / row["image_path"])
+    write_csv(tmp_path / "data/generated.csv", rows, list(rows[0]))
+    truth = pd.DataFrame(np.random.default_rng(1).uniform(2, 8, (40, len(NAMES))), [r["image_path"] for r in rows], list(NAMES))
+    RatingStore(f"sqlite:///{tmp_path}/data/annotations/ratings.db").add(simulated_panel(truth, raters=2))
+    return tmp_path
+
+def test_images_missing_or_corrupt_are_all_named_and_nothing_is_written(project):
+    (project / "images/p3/0.png").unlink(); (project / "images/p4/0.png").unlink()
+    with chdir(project), pytest.raises(InputError, match="p3/0.png: no such image(.|\n)*p4/0.png: no such image"): run(SETTINGS)
+    for name in ("p3", "p4"): (project / f"images/{name}/0.png").write_bytes(b"no image")
+    with chdir(project), pytest.raises(InputError, match="p3/0.png: not a readable image(.|\n)*p4/0.png: not a readable image"): run(SETTINGS)
+    assert not (project / "outputs/multihead_reward_model/reward_model.json").exists()
