@@ -240,7 +240,7 @@ def train_hidden(
             loss = ((heads(x[rows], dropout) - y[rows].T).pow(2) * seen[..., rows]).mean(2).sum()
             optimizer.zero_grad(); loss.backward(); optimizer.step()
 
-# %% ../nbs/41_reward.ipynb #add78f7d
+# %% ../nbs/41_reward.ipynb #461eec67
 def without_fold_means(
     predictions: torch.Tensor,  # (A, n), held out
     y: torch.Tensor,            # (n, A)
@@ -252,6 +252,7 @@ def without_fold_means(
     means = (outside @ (y * weight)) / (outside @ weight).clamp(min=1e-6)
     return predictions - (means - means.mean(0))[folds].T
 
+# %% ../nbs/41_reward.ipynb #420d848f
 @dataclass
 class Fit:
     "What training leaves."

@@ -134,6 +134,6 @@ def project(tmp_path):
 def test_images_missing_or_corrupt_are_all_named_and_nothing_is_written(project):
     (project / "images/p3/0.png").unlink(); (project / "images/p4/0.png").unlink()
     with chdir(project), pytest.raises(InputError, match="p3/0.png: no such image(.|\n)*p4/0.png: no such image"): run(SETTINGS)
-    for name in ("p3", "p4"): (project / f"images/{name}/0.png").write_bytes(b"no image")
+    for name in ("p3", "p4"): (project / f"images/{name}/0.png").write_bytes(f"no image {name}".encode())
     with chdir(project), pytest.raises(InputError, match="p3/0.png: not a readable image(.|\n)*p4/0.png: not a readable image"): run(SETTINGS)
     assert not (project / "outputs/multihead_reward_model/reward_model.json").exists()
