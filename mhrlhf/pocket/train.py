@@ -21,7 +21,7 @@ from ..files import InputError, write_json
 from .scenes import caption, draw_factors, render, rich_caption, scene_batch, unseen_captions
 from .judge import JudgeNet, judge_loss, to_tensor
 
-# %% ../../nbs/pocket/72_train.ipynb #c9b76cdc
+# %% ../../nbs/pocket/72_train.ipynb #3c854590
 @dataclass(frozen=True)
 class Recipe:
     "How long and how wide: one training of all parts."
@@ -29,7 +29,7 @@ class Recipe:
     judge_steps: int = 3500      # of 64 fresh scenes
     judge_width: int = 32        # channels of the judge's first layer
     clip_steps: int = 3000       # of 96 fresh scenes with rich captions
-    clip_hard_steps: int = 900   # of the same, most of them batches of few captions
+    clip_hard_steps: tuple = (900, 1100)  # of the same, most of them batches of few captions; each round with its own schedule
     vae_steps: int = 3200        # of 16 fresh scenes
     polish_steps: int = 3200     # of its decoder alone, afterwards
     vae_channels: tuple = (32, 64, 96)
@@ -40,7 +40,7 @@ class Recipe:
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
 
 RECIPES = {"cpu": Recipe(),
-           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, clip_hard_steps=4, vae_steps=12, polish_steps=4, vae_channels=(8, 16, 16), scenes=128, unet_steps=12, unet_channels=(32, 64))}
+           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, clip_hard_steps=(4,), vae_steps=12, polish_steps=4, vae_channels=(8, 16, 16), scenes=128, unet_steps=12, unet_channels=(32, 64))}
 
 # %% ../../nbs/pocket/72_train.ipynb #b87b2881
 def fit(
@@ -249,7 +249,7 @@ def save_clip(model, tokenizer, folder, tokens=8192):
     (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=clip_config(tokens), preprocess_cfg=preprocess), indent=1) + "\n")
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/pocket/72_train.ipynb #14146e47
+# %% ../../nbs/pocket/72_train.ipynb #b6cb38fb
 def train_clip(r: Recipe, log):
     "Train the backbone on fresh scenes with rich captions."
     import open_clip
@@ -265,7 +265,7 @@ def train_clip(r: Recipe, log):
         logits = scale.float().clamp(max=100) * image.float() @ text.float().T
         return (F.cross_entropy(logits, torch.arange(96)) + F.cross_entropy(logits.T, torch.arange(96))) / 2
     watch("clip", fit(model, lambda step: loss_of(False), r.clip_steps, 1e-3, weight_decay=.1), log)
-    watch("clip, hard", fit(model, lambda step: loss_of(step % 3 > 0), r.clip_hard_steps, 1e-3, weight_decay=.1), log)
+    for steps in r.clip_hard_steps: watch("clip, hard", fit(model, lambda step: loss_of(step % 3 > 0), steps, 1e-3, weight_decay=.1), log)
     return model.eval(), tokenizer
 
 # %% ../../nbs/pocket/72_train.ipynb #e830d28f
