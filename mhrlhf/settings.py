@@ -139,7 +139,7 @@ class MonitorSettings:
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../nbs/01_settings.ipynb #cb6f5c1f
+# %% ../nbs/01_settings.ipynb #3ab84e5e
 @dataclass(frozen=True)
 class TestPipelineSettings:
     "The whole method on the pocket in ten minutes."
@@ -147,7 +147,7 @@ class TestPipelineSettings:
     prompts: int = 240        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
-    minutes: float = 4.0      # of tuning
+    minutes: float = 2.5      # of tuning
     processes: int = 2        # workers that generate
     fresh: bool = False       # start over instead of continuing
 

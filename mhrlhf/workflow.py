@@ -49,7 +49,7 @@ def headline(
     left = pace * sum(v for n, v in SHARES.items() if n not in seconds)
     return f"\n== {names.index(stage) + 1}/{len(names)} {stage} · {_minutes(sum(seconds.values()))} so far, about {_minutes(left)} left"
 
-# %% ../nbs/80_workflow.ipynb #9d48ed86
+# %% ../nbs/80_workflow.ipynb #e78ef5a3
 def judge_accuracy(n: int = 1000) -> dict:
     "How often the judge is right on fresh scenes: object, style, scene; and R² of the other factors."
     from mhrlhf.pocket.judge import accuracy, load_judge
@@ -62,7 +62,7 @@ def summarise(
 ) -> dict:
     "All figures of a run."
     evaluation, metrics = read_json(Path(root) / "evaluation" / "evaluation.json"), read_json(Path(root) / "multihead_reward_model" / "metrics.json")
-    heads = {n: {k: metrics["heads"][n][k] for k in ("plcc", "plcc_low", "plcc_high", "ceiling")} for n in NAMES}
+    heads = {n: {k: metrics["aspects"][n][k] for k in ("plcc", "plcc_low", "plcc_high", "ceiling")} for n in NAMES}
     table = evaluation["table"]
     return dict(profile="pocket", ratings="simulated panel", seconds={k: round(v, 1) for k, v in seconds.items()}, judge_accuracy=judge_accuracy(),
                 composite={k: v for k, v in table["composite"].items() if k.startswith(("gain", "win"))},
