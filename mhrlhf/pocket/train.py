@@ -311,7 +311,7 @@ def obedience(pipe, judge, prompts: list, settings) -> dict:
     names = dict(object=OBJECTS, style=STYLES, scene=SCENES)
     return {k: float(np.mean(seen[k].to_numpy() == np.array(names[k])[asked[:, i]])) for i, k in enumerate(names)}, images
 
-# %% ../../nbs/pocket/72_train.ipynb #6d286ff8
+# %% ../../nbs/pocket/72_train.ipynb #e45d6e48
 def main(arguments=None) -> int:
     "`python -m mhrlhf.pocket.train`"
     import argparse, tempfile
@@ -340,6 +340,7 @@ def check(folder):
     images = sample_images(load_pipeline("pocket"), [prompt], [0], SamplingSettings(steps=4, batch=1))
     load_judge.cache_clear(); load_judge().score(images, [prompt]); load_backbone("pocket")
 
+# %% ../../nbs/pocket/72_train.ipynb #f88832db
 if __name__ == "__main__":
     import sys
     sys.exit(main())
