@@ -207,7 +207,7 @@ class Run:
     "The command with two workers, in a folder of its own."
     def __init__(self, folder):
         self.images = folder/"data/images"
-        options = ["--limit", "24", "--steps", "4", "--batch", "2", "--processes", "2"]
+        options = ["--limit", "48", "--steps", "12", "--batch", "2", "--processes", "2"]  # some seconds of work: it must not end before it is killed
         self.process = subprocess.Popen([*map(str, COMMAND), *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     def count(self): return len(list(self.images.glob("*/*.png")))
     def wait_for(self, more):
@@ -235,10 +235,10 @@ def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
     run.wait_for(2); os.kill(min(new), signal.SIGKILL)
     code, out, err = run.end()
     assert code == 0, out + err
-    assert out.count("starting workers again for the") == 2 and "48 of 48 images are in data/images" in out and "Traceback" not in err + out
+    assert out.count("starting workers again for the") == 2 and "96 of 96 images are in data/images" in out and "Traceback" not in err + out
     gone(family)
     monkeypatch.chdir(tmp_path)
-    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=24))
+    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=48))
 
 def test_workers_that_always_die_end_the_run(tmp_path, monkeypatch, capsys):
     "A clear message and a code that is not zero, instead of starting again for ever."

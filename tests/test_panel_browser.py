@@ -139,7 +139,10 @@ def test_a_note_is_typed_without_rating(page, lab):
         with sqlite3.connect(folder / "data/annotations/ratings.db") as c: return c.execute("select value from remarks where aspect = 'note'").fetchall()
     wait_for(notes)
     assert notes() == [("79 foxes, u and x",)] and len(stored(folder)) == before
-    page.keyboard.press("s"); press(page, folder, "9")
+    page.wait_for_function("document.activeElement.classList.contains('mhrlhf-panel')")  # Enter gives the keys back to the panel
+    here = status(page)
+    page.keyboard.press("s"); wait_for(lambda: status(page) != here)
+    press(page, folder, "9")
     assert stored(folder)[-1][1:] == ("spatial", 9)
 
 def test_a_click_enlarges_the_image(page, lab):
