@@ -208,7 +208,8 @@ class Run:
     def __init__(self, folder):
         self.images = folder/"data/images"
         options = ["--limit", "48", "--steps", "12", "--batch", "2", "--processes", "2"]  # some seconds of work: it must not end before it is killed
-        self.process = subprocess.Popen([*map(str, COMMAND), *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen([*map(str, COMMAND), *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell in the background hands down an ignored Ctrl-C
     def count(self): return len(list(self.images.glob("*/*.png")))
     def wait_for(self, more):
         "Until so many more images are there."
