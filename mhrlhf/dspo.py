@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of', 'merged', 'Text', 'encode', 'conditions',
-           'sample_latents', 'decode', 'Rollout', 'score_latents', 'roll_out', 'pixel_gradients', 'uphill', 'predict',
-           'pair_loss', 'score_loss', 'Tuning', 'start', 'watch_scores', 'candidates', 'update', 'tune',
-           'save_checkpoint', 'load_checkpoint', 'save_adapter', 'soft_minimum', 'learn', 'finish', 'run']
+           'sample_latents', 'decode', 'recorded', 'sample_ways', 'Rollout', 'score_latents', 'pixel_gradients',
+           'uphill', 'climb', 'predict', 'pair_loss', 'guided', 'weights_of', 'Team', 'Tuning', 'start', 'watch_scores',
+           'candidates', 'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint',
+           'save_adapter', 'soft_minimum', 'TuningBar', 'learn', 'finish', 'work_in_group', 'run']
 
-# %% ../nbs/52_dspo.ipynb #a582042c
-from contextlib import contextmanager
+# %% ../nbs/52_dspo.ipynb #bc4af15a
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import json, math, time
+import json, math, os, time
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from .aspects import NAMES
 from .balance import Gains, combine, dynamic_weights, head_gradients, neglected, paired_gains, pair_weights, standardise_groups, unit_rms
 from .files import InputError, atomic_path, fingerprint, read_json, write_json
-from .generate import image_seed, read_prompts
+from .generate import image_seed, join_group, launch, one_thread, plain_faults, read_prompts
 from .models import load_pipeline
 from .objectives import PAIR_OBJECTIVES, Predictions, clean_latent, dspo_score
 from .reward import RewardModel
@@ -70,13 +71,15 @@ def merged(unet):
         with torch.no_grad():
             for m, weight in zip(layers, kept): m.unmerge() if m.merged else None; m.get_base_layer().weight.copy_(weight)
 
-# %% ../nbs/52_dspo.ipynb #821276b0
+# %% ../nbs/52_dspo.ipynb #88b3ff08
 @dataclass
 class Text:
     "Encoded prompts."
     embeds: Tensor  # (n, 77, width)
     pooled: Tensor  # (n, width)
     def __getitem__(self, i): return Text(self.embeds[i], self.pooled[i])
+    def with_empty(self):  # -> (2 n): first n times SDXL's empty prompt, which is all zeros
+        return Text(torch.cat([torch.zeros_like(self.embeds), self.embeds]), torch.cat([torch.zeros_like(self.pooled), self.pooled]))
 
 @torch.no_grad()
 def encode(
@@ -116,28 +119,44 @@ def decode(
     "Latents to pixels."
     return pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample.float() / 2 + .5
 
-# %% ../nbs/52_dspo.ipynb #69d8e2e9
+# %% ../nbs/52_dspo.ipynb #e45c504d
+@contextmanager
+def recorded(unet):
+    "Collects the UNet's noisy inputs and timesteps, inside the block, whatever the scheduler."
+    seen = []
+    hook = unet.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    try: yield seen
+    finally: hook.remove()
+
+@torch.no_grad()
+def sample_ways(pipe, text: Text, seeds: list, settings) -> tuple:  # latents (n, c, h, w), states (n, steps, c, h, w), timesteps (steps,)
+    "As `sample_latents`, with what the UNet saw at every step."
+    latents, states = [], []
+    for i in range(0, len(seeds), settings.batch):
+        rows = slice(i, i + settings.batch)
+        with recorded(pipe.unet) as seen: latents.append(sample_latents(pipe, text[rows], seeds[rows], settings))
+        states.append(torch.stack([z[-len(latents[-1]):] for z, _ in seen], 1))  # with guidance every image stands twice in a batch
+    return torch.cat(latents), torch.cat(states), torch.stack([torch.as_tensor(t) for _, t in seen])
+
+# %% ../nbs/52_dspo.ipynb #11027afa
 @dataclass
 class Rollout:
     "K candidates for each of some prompts."
-    prompts: list    # of texts
-    text: Text       # encoded, (prompts,)
-    latents: Tensor  # (prompts, K, c, h, w)
-    scores: Tensor   # (prompts, K, aspects), in rating units
+    prompts: list      # of texts
+    text: Text         # encoded, (prompts,)
+    latents: Tensor    # (prompts, K, c, h, w)
+    scores: Tensor     # (prompts, K, aspects), in rating units
+    states: Tensor     # (prompts, K, steps, c, h, w): what the UNet saw on the way
+    timesteps: Tensor  # (steps,)
+    wish: Tensor = None  # (prompts, K, c, h, w): where the heads want each candidate to go
+    maker: list = None   # the adapter's weights that made the candidates
 
 @torch.no_grad()
 def score_latents(pipe, reward, latents, prompts, batch=16):  # -> (n, aspects)
     "What the heads say of decoded latents, clamped to what a picture can hold."
     return torch.cat([reward.forward_pixels(decode(pipe, latents[i:i + batch]).clamp(0, 1), prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
 
-def roll_out(pipe, reward, prompts, text, seeds, k, settings) -> Rollout:
-    "Sample k candidates per prompt and score them; `seeds` holds one number per candidate."
-    every = torch.arange(len(prompts)).repeat_interleave(k)
-    latents = sample_latents(pipe, text[every], seeds, settings)
-    scores = score_latents(pipe, reward, latents, [p for p in prompts for _ in range(k)])
-    return Rollout(prompts, text, latents.unflatten(0, (-1, k)), scores.unflatten(0, (-1, k)))
-
-# %% ../nbs/52_dspo.ipynb #60eed84e
+# %% ../nbs/52_dspo.ipynb #cb507f4d
 def pixel_gradients(
     reward, pixels: Tensor,  # (n, 3, H, W)
     prompts: list,
@@ -172,7 +191,20 @@ def uphill(
     size = total.pow(2).mean((1, 2, 3), keepdim=True).sqrt() if normalise else 1.
     return unit_rms(carried) * size if normalise else carried
 
-# %% ../nbs/52_dspo.ipynb #d3acad69
+def climb(
+    pipe, reward,
+    latents: Tensor,  # (n, c, h, w)
+    prompts: list, weights, usual,
+    steps: int,       # small steps uphill, each with fresh gradients
+    normalise: bool = True,
+    shifts=((0, 0),),
+) -> Tensor:          # (n, c, h, w): the way from the candidate to the better image, of about unit size per step that all heads share
+    "Follow the heads for a few steps of .06; the mean direction of the climb."
+    here = latents
+    for _ in range(steps): here = here + .06 * uphill(pipe, reward, here, prompts, weights, usual, normalise, shifts)
+    return (here - latents) / .06 / steps
+
+# %% ../nbs/52_dspo.ipynb #79f2ac7e
 def predict(
     pipe,
     latents: Tensor,    # (prompts, K, c, h, w)
@@ -181,7 +213,7 @@ def predict(
     noise: Tensor,      # (prompts, 1, c, h, w)
     alpha: Tensor,      # ᾱ_t (prompts, 1, 1, 1, 1)
     size,               # (height, width) in pixels
-) -> tuple:             # `Predictions`, noisy latents
+) -> Predictions:
     "Policy and reference predictions for all candidates."
     k = latents.shape[1]
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -191,24 +223,70 @@ def predict(
     with torch.no_grad(), reference_of(pipe.unet): reference = pipe.unet(*inputs, added_cond_kwargs=extra).sample
     policy = pipe.unet(*inputs, added_cond_kwargs=extra).sample
     shaped = lambda x: x.float().unflatten(0, (-1, k))
-    return Predictions(shaped(policy), shaped(reference), noise.expand_as(latents).float()), noisy
+    return Predictions(shaped(policy), shaped(reference), noise.expand_as(latents).float())
 
-# %% ../nbs/52_dspo.ipynb #d1ebe33c
 def pair_loss(p: Predictions, rollout_scores, weights, settings: TrainDSPOSettings):
-    "Balanced loss of a pair objective; `rollout_scores` (prompts, K, aspects)."
+    "A loss whose gradient at the predictions is the balanced wish of all heads, with the pull to the reference; `rollout_scores` (prompts, K, aspects)."
     c = pair_weights(standardise_groups(rollout_scores))
     gradients = head_gradients(PAIR_OBJECTIVES[settings.objective], p, c, beta=settings.beta, strength=settings.strength)
     wish = combine(gradients, weights, normalise=settings.balance != "sum")
     return (p.policy * wish.detach()).mean() + settings.distance * p.distance.pow(2).mean()
 
-def score_loss(p: Predictions, noisy, alpha, pipe, reward, prompts, weights, usual, shifts, settings: TrainDSPOSettings):
-    "Balanced loss of `dspo-score`."
-    clean = clean_latent(noisy, p.policy.detach(), alpha)
-    each = [prompt for prompt in prompts for _ in range(clean.shape[1])]
-    direction = uphill(pipe, reward, clean.flatten(0, 1), each, weights, usual, settings.balance != "sum", shifts)
-    return dspo_score(p, direction.unflatten(0, clean.shape[:2]), alpha, settings.strength).mean()
+# %% ../nbs/52_dspo.ipynb #f03372f2
+def guided(
+    pipe,
+    noisy: Tensor,     # (n, c, h, w)
+    timestep: Tensor,  # (n,)
+    text: Text,        # (n,)
+    size,              # (height, width) in pixels
+    scale: float,      # of the guidance; 1 or less: none
+) -> Tensor:           # (n, c, h, w)
+    "The noise prediction that the sampler uses."
+    if scale <= 1: return pipe.unet(noisy, timestep, text.embeds, added_cond_kwargs=conditions(pipe, text, size)).sample.float()
+    both = text.with_empty()
+    empty, asked = pipe.unet(torch.cat([noisy, noisy]), timestep.repeat(2), both.embeds, added_cond_kwargs=conditions(pipe, both, size)).sample.float().chunk(2)
+    return empty + scale * (asked - empty)
 
-# %% ../nbs/52_dspo.ipynb #ffdf81a6
+@contextmanager
+def weights_of(parameters, values):
+    "The parameters set to other values, inside the block."
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad(): torch._foreach_copy_([p.data for p in parameters], values)
+        yield
+    finally:
+        with torch.no_grad(): torch._foreach_copy_([p.data for p in parameters], kept)
+
+# %% ../nbs/52_dspo.ipynb #81955253
+@dataclass
+class Team:
+    "This process among its equals; one process is a team of its own."
+    rank: int = 0
+    world: int = 1
+
+    def deal(self, n: int) -> list:
+        "Indices of this process's items; the last ones stand twice where n does not divide."
+        return [min(i, n - 1) for i in range(self.rank, math.ceil(n / self.world) * self.world, self.world)]
+
+    def gather(self, part: Tensor, n: int) -> Tensor:  # (dealt, ...) -> (n, ...), the same on every process
+        "All items in their order."
+        if self.world == 1: return part
+        parts = [torch.empty_like(part) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, part.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)[:n]
+
+    def average_gradients(self, parameters):
+        if self.world == 1: return
+        flat = torch.cat([p.grad.flatten() for p in parameters]); torch.distributed.all_reduce(flat); flat /= self.world
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])): p.grad.copy_(g.view_as(p))
+
+    def agree(self, flag: bool, device) -> bool:
+        "What process 0 says."
+        if self.world == 1: return flag
+        word = torch.tensor([flag], dtype=torch.int32, device=device); torch.distributed.broadcast(word, 0)
+        return bool(word.item())
+
+# %% ../nbs/52_dspo.ipynb #197ff49e
 @dataclass
 class Tuning:
     "Everything a run carries from one rollout to the next."
@@ -220,6 +298,7 @@ class Tuning:
     prompts: list           # of texts to sample candidates for
     text: Text              # the same, encoded
     watched: int            # the first so many of `prompts` are also the fixed prompts on which gains are measured
+    team: Team
     base: np.ndarray = None  # (watched, aspects) scores before tuning
     rollout: int = 0        # the next one
     history: list = None    # one dict per rollout
@@ -231,7 +310,7 @@ class Tuning:
         side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         return self.settings.height or side, self.settings.width or side
 
-def start(pipe, reward, prompts: list, settings: TrainDSPOSettings, watched: int = 32) -> Tuning:
+def start(pipe, reward, prompts: list, settings: TrainDSPOSettings, watched: int = 32, team: Team = Team()) -> Tuning:
     "Put an adapter on the pipeline's UNet and encode the prompts."
     parameters = add_adapter(pipe.unet, settings.adapter, settings.rank, settings.layers, settings.seed)
     optimizer = torch.optim.AdamW(parameters, settings.lr, betas=(.9, .99), weight_decay=1e-4)
@@ -239,42 +318,69 @@ def start(pipe, reward, prompts: list, settings: TrainDSPOSettings, watched: int
     if pipe.device.type == "cuda":  # memory, not time, is short there
         pipe.unet.enable_gradient_checkpointing()
         for encoder in (pipe.text_encoder, pipe.text_encoder_2): encoder.to("cpu")
-    return Tuning(pipe, reward, settings, parameters, optimizer, prompts, text, min(watched, len(prompts)), history=[])
+    return Tuning(pipe, reward, settings, parameters, optimizer, prompts, text, min(watched, len(prompts)), team, history=[])
 
-# %% ../nbs/52_dspo.ipynb #a9be8e4d
+# %% ../nbs/52_dspo.ipynb #91405da7
 def watch_scores(run: Tuning) -> np.ndarray:  # (watched, aspects)
     "The heads' scores on the fixed prompts and seeds with the adapter as it is."
-    n = run.watched
-    latents = sample_latents(run.pipe, run.text[:n], [image_seed(p, 0) for p in run.prompts[:n]], run.settings)
-    return score_latents(run.pipe, run.reward, latents, run.prompts[:n]).cpu().numpy()
+    mine = run.team.deal(run.watched); prompts = [run.prompts[i] for i in mine]
+    latents = sample_latents(run.pipe, run.text[mine], [image_seed(p, 0) for p in prompts], run.settings)
+    return run.team.gather(score_latents(run.pipe, run.reward, latents, prompts), run.watched).cpu().numpy()
 
 def candidates(run: Tuning, rng) -> Rollout:
     "A fresh rollout with the current adapter."
-    s = run.settings
+    s, team = run.settings, run.team
     chosen = rng.choice(len(run.prompts), min(s.prompts_per_rollout, len(run.prompts)), replace=False).tolist()
-    seeds = rng.integers(2 ** 31, size=len(chosen) * s.candidates).tolist()
-    return roll_out(run.pipe, run.reward, [run.prompts[i] for i in chosen], run.text[chosen], seeds, s.candidates, s)
+    n = len(chosen) * s.candidates; seeds, mine = rng.integers(2 ** 31, size=n).tolist(), team.deal(n)
+    each = [chosen[i // s.candidates] for i in mine]
+    latents, states, timesteps = sample_ways(run.pipe, run.text[each], [seeds[i] for i in mine], s)
+    scores = score_latents(run.pipe, run.reward, latents, [run.prompts[i] for i in each])
+    shaped = lambda part: team.gather(part, n).unflatten(0, (-1, s.candidates))
+    return Rollout([run.prompts[i] for i in chosen], run.text[chosen], shaped(latents), shaped(scores), shaped(states), timesteps)
 
-# %% ../nbs/52_dspo.ipynb #de408df3
-def update(run: Tuning, r: Rollout, weights, usual, generator) -> dict:
+def wishes(run: Tuning, r: Rollout, weights, usual, rng) -> Tensor:  # (prompts, K, c, h, w)
+    "Where the heads want the candidates of a rollout to go, computed once and used at many timesteps."
+    s, k = run.settings, r.latents.shape[1]
+    n = len(r.prompts) * k; mine = run.team.deal(n)
+    flat, each, shifts = r.latents.flatten(0, 1)[mine].float(), [r.prompts[i // k] for i in mine], rng.integers(-s.shift, s.shift + 1, (s.shifts, 2)).tolist()
+    parts = [climb(run.pipe, run.reward, flat[i:i + 16], each[i:i + 16], weights, usual, s.climb, s.balance != "sum", shifts) for i in range(0, len(mine), 16)]
+    return run.team.gather(torch.cat(parts), n).unflatten(0, (-1, k))
+
+# %% ../nbs/52_dspo.ipynb #1aae2dd4
+def pair_step(run: Tuning, r: Rollout, weights, chosen, generator) -> tuple:  # loss, mean squared distance to the reference
+    "A pair objective on the candidates of the chosen prompts."
+    s, device, mine = run.settings, run.pipe.device, run.team.deal(len(chosen))
+    timestep = torch.randint(20, s.max_timestep, (len(chosen),), generator=generator)[mine].to(device)
+    noise = torch.randn((len(chosen), 1, *r.latents.shape[2:]), generator=generator)[mine].to(device)
+    rows = chosen[mine]; alpha = run.alphas[timestep].view(-1, 1, 1, 1, 1).float()
+    p = predict(run.pipe, r.latents[rows].float(), r.text[rows], timestep, noise, alpha, run.size)
+    return pair_loss(p, r.scores[rows], weights, s), p.distance
+
+def score_step(run: Tuning, r: Rollout, chosen, generator) -> tuple:
+    "`dspo-score` on the candidates of the chosen prompts, each at a step of its own way."
+    s, k = run.settings, r.latents.shape[1]
+    rows = (chosen[:, None] * k + torch.arange(k)).flatten()
+    late = (r.timesteps.cpu() < s.max_timestep).nonzero().flatten()
+    steps = late[torch.randint(len(late), rows.shape, generator=generator)]
+    mine = run.team.deal(len(rows)); rows, steps = rows[mine], steps[mine]
+    noisy, timestep, text = r.states.flatten(0, 1)[rows, steps], r.timesteps[steps], r.text[rows // k]
+    alpha = run.alphas[timestep.long()].view(-1, 1, 1, 1).float()
+    ask = lambda: guided(run.pipe, noisy, timestep, text, run.size, s.guidance_scale)
+    with torch.no_grad(), weights_of(run.parameters, r.maker): before = ask()
+    now = ask()
+    return dspo_score(now, before, r.wish.flatten(0, 1)[rows], alpha, s.strength).mean(), now - before
+
+def update(run: Tuning, r: Rollout, weights, generator) -> dict:
     "One optimizer step on a few prompts of a rollout."
-    s, device = run.settings, run.pipe.device
+    s = run.settings
     chosen = torch.randperm(len(r.prompts), generator=generator)[:s.prompts_per_update]
-    timestep = torch.randint(20, s.max_timestep, (len(chosen),), generator=generator)
-    noise = torch.randn((len(chosen), 1, *r.latents.shape[2:]), generator=generator).to(device)
-    alpha = run.alphas[timestep.to(device)].view(-1, 1, 1, 1, 1).float()
-    latents, prompts = r.latents[chosen].float(), [r.prompts[i] for i in chosen]
-    p, noisy = predict(run.pipe, latents, r.text[chosen], timestep.to(device), noise, alpha, run.size)
-    if s.objective == "dspo-score":
-        shifts = torch.randint(-s.shift, s.shift + 1, (s.shifts, 2), generator=generator).tolist()
-        loss = score_loss(p, noisy, alpha, run.pipe, run.reward, prompts, weights, usual, shifts, s)
-    else: loss = pair_loss(p, r.scores[chosen], weights, s)
-    run.optimizer.zero_grad(set_to_none=True); loss.backward()
+    loss, distance = score_step(run, r, chosen, generator) if s.objective == "dspo-score" else pair_step(run, r, weights, chosen, generator)
+    run.optimizer.zero_grad(set_to_none=True); loss.backward(); run.team.average_gradients(run.parameters)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.)
     run.optimizer.step()
-    return dict(loss=loss.item(), distance=p.distance.detach().pow(2).mean().item(), gradient=norm.item())
+    return dict(loss=loss.item(), distance=distance.detach().pow(2).mean().item(), gradient=norm.item())
 
-# %% ../nbs/52_dspo.ipynb #660162c4
+# %% ../nbs/52_dspo.ipynb #f3e3b31e
 def tune(
     run: Tuning,
     over=lambda: False,  # asked before every update; True ends the run after a last measurement
@@ -290,12 +396,14 @@ def tune(
         weights = dynamic_weights(measured, own, s.temperature) if s.balance == "dynamic" else own / own.sum()
         run.history.append(dict(rollout=run.rollout, gains=gains.mean.tolist(), errors=gains.error.tolist(), weights=weights.tolist()))
         yield dict(rollout=run.rollout, gains=gains, weights=weights)
-        if run.rollout >= s.rollouts or over(): return
-        r = candidates(run, np.random.default_rng([s.seed, run.rollout]))
+        if run.rollout >= s.rollouts or run.team.agree(over(), device): return
+        rng = np.random.default_rng([s.seed, run.rollout])
+        r = candidates(run, rng)
+        if s.objective == "dspo-score": r.wish, r.maker = wishes(run, r, weights, usual, rng), [p.detach().clone() for p in run.parameters]
         for i in range(s.updates):
-            if over(): break
+            if run.team.agree(over(), device): break
             generator = torch.Generator().manual_seed(int(np.random.default_rng([s.seed, run.rollout, i]).integers(2 ** 62)))
-            yield dict(rollout=run.rollout, update=i, **update(run, r, weights, usual, generator))
+            yield dict(rollout=run.rollout, update=i, **update(run, r, weights, generator))
         run.rollout += 1
 
 # %% ../nbs/52_dspo.ipynb #519b2d89
@@ -338,7 +446,7 @@ def soft_minimum(gains, temperature: float = .2) -> float:
     g = np.asarray(gains, float)
     return float(-temperature * np.log(np.mean(np.exp(-(g - g.min()) / temperature))) + g.min())
 
-# %% ../nbs/52_dspo.ipynb #d67de30c
+# %% ../nbs/52_dspo.ipynb #26e2f29e
 def _log(writer, run: Tuning, state):
     step = state["rollout"] * run.settings.updates + state.get("update", 0)
     if "update" in state:
@@ -350,33 +458,50 @@ def _log(writer, run: Tuning, state):
 def _gains_line(run: Tuning, gains: Gains):
     return "heads' gains so far (sd): " + "  ".join(f"{n} {g:+.2f}" for n, g in zip(run.reward.aspects, gains.mean))
 
-def learn(run: Tuning, folder, log=print):
-    "Tune with checkpoints, curves, a progress bar and the neglect guard; the pipeline ends with the best adapter. Returns why it stopped."
+class TuningBar:
+    "Draws a run's progress: a line of text, or how many updates are done."
+    def __init__(self): self.bar = None
+    def __call__(self, figures):
+        from tqdm.auto import tqdm
+        if "line" in figures:
+            if self.bar: self.bar.clear()
+            print(figures["line"], flush=True); return
+        if self.bar is None: self.bar = tqdm(total=figures["total"], initial=figures["done"], desc="tuning", unit="update", mininterval=1)
+        self.bar.update(figures["done"] - self.bar.n)
+        self.bar.set_postfix(rollout=figures["rollout"], distance=f"{figures['distance']:.4f}", refresh=False)
+    def close(self):
+        if self.bar: self.bar.close()
+
+# %% ../nbs/52_dspo.ipynb #c85c9fc3
+def learn(run: Tuning, folder, show, began=None):
+    "Tune with checkpoints, curves and the neglect guard; the pipeline ends with the best adapter. Returns why it stopped."
     from torch.utils.tensorboard import SummaryWriter
-    from tqdm.auto import tqdm
-    s, folder, why, began = run.settings, Path(folder), "all rollouts are done", time.time()
+    s, folder, why, first, fallen = run.settings, Path(folder), "all rollouts are done", run.team.rank == 0, []
+    began = time.time() if began is None else began
     over = lambda: bool(s.minutes) and time.time() - began > 60 * s.minutes
+    checkpoint = lambda name: first and save_checkpoint(run, folder / "checkpoints" / name)
     best = max((soft_minimum(h["gains"]) for h in run.history), default=-math.inf)
-    with SummaryWriter(folder / "logs", purge_step=run.rollout * s.updates) as writer, tqdm(total=s.rollouts * s.updates, initial=run.rollout * s.updates, desc="tuning", unit="update", mininterval=1) as bar:
+    with SummaryWriter(folder / "logs", purge_step=run.rollout * s.updates) if first else nullcontext() as writer:
         for state in tune(run, over):
-            _log(writer, run, state)
-            if "update" in state: bar.update(); bar.set_postfix(rollout=f"{state['rollout'] + 1}/{s.rollouts}", distance=f"{state['distance']:.4f}"); continue
-            bar.clear(); log(_gains_line(run, state["gains"]))
-            save_checkpoint(run, folder / "checkpoints" / "latest.safetensors")
-            if soft_minimum(state["gains"].mean) >= best: best = soft_minimum(state["gains"].mean); save_checkpoint(run, folder / "checkpoints" / "best.safetensors")
-            if fallen := neglected(state["gains"], run.reward.aspects): why = f"neglect guard: {', '.join(fallen)} fell below the start; back to the best checkpoint"; break
-            if over(): why = f"the {s.minutes:g} minutes are over"
+            if first: _log(writer, run, state)
+            if "update" in state:
+                show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", distance=state["distance"])); continue
+            show(dict(line=_gains_line(run, state["gains"]))); checkpoint("latest.safetensors")
+            if soft_minimum(state["gains"].mean) >= best: best = soft_minimum(state["gains"].mean); checkpoint("best.safetensors")
+            before, fallen = fallen, neglected(state["gains"], run.reward.aspects)
+            if again := [n for n in fallen if n in before]: why = f"neglect guard: {', '.join(again)} fell below the start; back to the best checkpoint"; break
+            if s.minutes and time.time() - began > 60 * s.minutes: why = f"the {s.minutes:g} minutes are over"
     history = run.history
-    load_checkpoint(run, folder / "checkpoints" / "best.safetensors"); run.history = history
+    if first: load_checkpoint(run, folder / "checkpoints" / "best.safetensors"); run.history = history
     return why
 
-# %% ../nbs/52_dspo.ipynb #e9b7309d
+# %% ../nbs/52_dspo.ipynb #cc76588b
 def _resume(run: Tuning, folder, mark, fresh):
     "Go on from the latest checkpoint if it is of the same settings; else begin."
     latest, note = folder / "checkpoints" / "latest.safetensors", folder / "checkpoints" / "run.json"
     same = not fresh and latest.exists() and note.exists() and read_json(note).get("mark") == mark
-    if same: load_checkpoint(run, latest); run.history.pop(); print(f"going on from rollout {run.rollout} of {run.settings.rollouts}")
-    else:
+    if same: load_checkpoint(run, latest); run.history.pop()
+    elif run.team.rank == 0:
         for p in (latest, folder / "checkpoints" / "best.safetensors"): p.unlink(missing_ok=True)
         write_json(note, dict(mark=mark))
     return same
@@ -391,17 +516,34 @@ def finish(run: Tuning, folder, why) -> list:
     files += [folder / "dspo.json", save_figure(history_curves(table, list(run.reward.aspects), "rollout", "gain by the heads (sd of the base)"), folder / "gains.png")]
     return files
 
+def work_in_group(settings: TrainDSPOSettings, show):
+    "Tune as one of the processes that accelerate started, or alone; process 0 writes and speaks."
+    began, (rank, world, _) = time.time(), join_group()
+    try:
+        with plain_faults(), one_thread() if world > 1 else nullcontext():
+            show = show if rank == 0 else lambda figures: None
+            prompts, reward = [p.prompt for p in read_prompts(settings.prompts)], RewardModel.load(settings.reward_model, settings.device)
+            pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
+            tuning = start(pipe, reward, prompts, settings, team=Team(rank, world))
+            mark = fingerprint({k: v for k, v in asdict(settings).items() if k not in ("minutes", "fresh", "rollouts", "processes")}, prompts, read_json(Path(settings.reward_model) / "reward_model.json"))
+            if _resume(tuning, settings.output, mark, settings.fresh): show(dict(line=f"going on from rollout {tuning.rollout} of {settings.rollouts}"))
+            show(dict(line=_plan(tuning)))
+            why = learn(tuning, settings.output, show, began)
+            if rank == 0: show(dict(line="\n".join([*(f"wrote {file}" for file in finish(tuning, settings.output, why)), f"stopped: {why}"])))
+    finally:
+        if world > 1: torch.distributed.destroy_process_group()
+
+def _plan(t: Tuning):
+    s = t.settings
+    return (f"tuning {s.pipeline} with {s.objective}, {s.balance} balance, {s.adapter} of rank {s.rank} ({sum(p.numel() for p in t.parameters):,} parameters), "
+            f"{t.team.world} process{'es' * (t.team.world > 1)}: {s.rollouts} rollouts of {s.prompts_per_rollout} x {s.candidates} candidates, {s.updates} updates each")
+
 def run(settings: TrainDSPOSettings) -> int:
-    "The stage `train-dspo`."
-    prompts = [p.prompt for p in read_prompts(settings.prompts)]
-    reward = RewardModel.load(settings.reward_model, settings.device)
-    pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
-    tuning = start(pipe, reward, prompts, settings)
-    mark = fingerprint({k: v for k, v in asdict(settings).items() if k not in ("minutes", "fresh", "rollouts")}, prompts, read_json(Path(settings.reward_model) / "reward_model.json"))
-    _resume(tuning, settings.output, mark, settings.fresh)
-    print(f"tuning {settings.pipeline} with {settings.objective}, {settings.balance} balance, {settings.adapter} of rank {settings.rank} "
-          f"({sum(p.numel() for p in tuning.parameters):,} parameters): {settings.rollouts} rollouts of {settings.prompts_per_rollout} x {settings.candidates} candidates, {settings.updates} updates each")
-    why = learn(tuning, settings.output)
-    for file in finish(tuning, settings.output, why): print("wrote", file)
-    print("stopped:", why)
+    "The stage `train-dspo`. Raises `InputError` for what the user can mend."
+    read_prompts(settings.prompts)  # bad prompts are told before anything is loaded
+    bar = TuningBar()
+    try:
+        if settings.processes == 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1: work_in_group(settings, bar)
+        elif trouble := launch("train-dspo", settings, bar): raise InputError(f"{trouble}; the same command goes on from the last checkpoint")
+    finally: bar.close()
     return 0

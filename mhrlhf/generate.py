@@ -9,14 +9,14 @@ __all__ = ['METADATA_COLUMNS', 'PART', 'Prompt', 'read_prompts', 'image_seed', '
            'sweep_parts', 'settings_hash', 'order_metadata', 'Queue', 'Writer', 'work', 'progress_line', 'ProgressLine',
            'join_group', 'one_thread', 'work_in_group', 'plain_faults', 'launched_worker', 'launch', 'prepare', 'run']
 
-# %% ../nbs/10_generate.ipynb #cf432403
+# %% ../nbs/10_generate.ipynb #b177d3c7
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import get_type_hints
-import csv, errno, hashlib, io, json, os, re, select, shutil, signal, struct, subprocess, sys, tempfile, threading, time, zlib
+import csv, errno, hashlib, importlib, io, json, os, re, select, shutil, signal, struct, subprocess, sys, tempfile, threading, time, zlib
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 from fastcore.basics import patch
 
 from .files import InputError, fingerprint, raise_faults, read_json, read_table, write_csv, write_json
-from .settings import GenerateSettings
+from .settings import MODULES, STAGES, GenerateSettings
 
 # %% ../nbs/10_generate.ipynb #3324ce72
 @dataclass(frozen=True)
@@ -688,7 +688,7 @@ def plain_faults():
         if e.errno not in _REMEDIES: raise
         raise InputError(f"{e.filename2 or e.filename or 'writing'}: {_REMEDIES[e.errno]}, then the same command goes on") from None
 
-# %% ../nbs/10_generate.ipynb #6cde29ef
+# %% ../nbs/10_generate.ipynb #ef925561
 _FIGURES = "\x1efigures "
 
 def _end_with_launcher():
@@ -705,14 +705,16 @@ def launched_worker():
     _end_with_launcher()
     folder = Path(sys.argv[1])
     show = lambda figures: print(_FIGURES + json.dumps(figures), flush=True)
-    try: work_in_group(_read_settings(folder/"settings.json"), show)
+    stage, settings = _read_settings(folder/"settings.json")
+    try: importlib.import_module(f"mhrlhf.{MODULES[stage]}").work_in_group(settings, show)
     except InputError as e: (folder/f"fault-{os.environ['RANK']}.txt").write_text(str(e))
 
 def _read_settings(path):
-    kinds = get_type_hints(GenerateSettings)
-    return GenerateSettings(**{k: Path(v) if kinds[k] is Path else v for k, v in read_json(path).items()})
+    stage, values = read_json(path)
+    kind = STAGES[stage]; kinds = get_type_hints(kind)
+    return stage, kind(**{k: Path(v) if kinds[k] is Path else v for k, v in values.items()})
 
-# %% ../nbs/10_generate.ipynb #49fed766
+# %% ../nbs/10_generate.ipynb #8d0c95fe
 def _command(settings, folder):
     flags = dict(num_processes=settings.processes, num_machines=1, mixed_precision="no", dynamo_backend="no", main_process_port=0,
                  num_cpu_threads_per_process=1)
@@ -720,12 +722,13 @@ def _command(settings, folder):
             "--no_python", sys.executable, "-c", "from mhrlhf.generate import launched_worker; launched_worker()", str(folder)]
 
 def launch(
-    settings: GenerateSettings,
+    stage: str,  # whose module has a `work_in_group(settings, show)`
+    settings,    # of the stage, with `processes`
     show=print,  # called with a dict of figures
 ) -> str:        # what went wrong; "" if nothing did
     "Run `settings.processes` workers to their end. Raises `InputError` for faults that the user can mend."
     folder = Path(tempfile.mkdtemp(prefix="mhrlhf-"))
-    write_json(folder/"settings.json", asdict(settings))
+    write_json(folder/"settings.json", [stage, asdict(settings)])
     with open(folder/"log.txt", "w") as log:
         process = subprocess.Popen(_command(settings, folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
     try: _follow(process, show); code = process.wait()
@@ -750,11 +753,11 @@ def _stop(process):
     except ProcessLookupError: pass
     process.wait()
 
-# %% ../nbs/10_generate.ipynb #1580ef56
+# %% ../nbs/10_generate.ipynb #630729e1
 def _launch_until_done(settings, missing, show):
     "What went wrong at last; \"\" if nothing did."
     while True:
-        trouble, before = launch(settings, show), len(missing)
+        trouble, before = launch("generate", settings, show), len(missing)
         missing = prepare(settings, say=lambda _: None)[1]
         if not trouble or len(missing) in (0, before): return trouble
         print(f"{trouble}; starting workers again for the {len(missing)} images that are missing", flush=True)

@@ -67,7 +67,7 @@ def dspo_sdxl(p: Predictions, beta: float = 2000., strength: float = 1.) -> Tens
 
 PAIR_OBJECTIVES = {"dspo": dspo, "dspo-sdxl": dspo_sdxl, "dpo": dpo, "sft": sft}
 
-# %% ../nbs/50_objectives.ipynb #0f801b59
+# %% ../nbs/50_objectives.ipynb #adc84311
 def clean_latent(
     noisy: Tensor,   # z_t (n, c, h, w)
     noise: Tensor,   # predicted, the same shape
@@ -78,17 +78,19 @@ def clean_latent(
 
 def noise_step(
     alpha: Tensor,       # ᾱ_t
-    cap: float = 4.,     # largest ratio of noise to signal that is followed
+    cap: float = 2.,     # largest ratio of signal to noise that is followed
 ) -> Tensor:
-    "How much the noise prediction moves for a unit gradient at the clean latent: σ_t/√ᾱ_t, capped."
-    return ((1 - alpha) / alpha).sqrt().clamp(max=cap)
+    "How much the noise prediction moves for a unit step of the clean latent: √ᾱ_t/σ_t, capped."
+    return (alpha / (1 - alpha)).sqrt().clamp(max=cap)
 
 def dspo_score(
-    p: Predictions,
-    direction: Tensor,  # Σ_h α_h ĝ_h, uphill, the shape of the predictions
+    policy: Tensor,     # guided noise prediction of the model that is tuned (n, c, h, w)
+    reference: Tensor,  # the same of the model that made the candidates
+    direction: Tensor,  # Σ_h α_h ĝ_h at the candidates, uphill
     alpha: Tensor,      # ᾱ_t, broadcasts against the predictions
     strength: float = 1.,  # κ
 ) -> Tensor:
-    "Match the score of the preferred distribution, given the heads' direction: (prompts, K)."
-    target = p.reference - strength * noise_step(alpha) * direction
-    return (p.policy - target.detach()).pow(2).mean((-3, -2, -1))
+    "Match the score of the preferred distribution, given the heads' direction: (n,)."
+    step = noise_step(alpha)
+    target = reference - strength * step * direction
+    return ((policy - target.detach()).pow(2) / step).mean((-3, -2, -1))
