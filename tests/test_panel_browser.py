@@ -144,10 +144,33 @@ def test_a_note_is_typed_without_rating(page, lab):
     assert stored(folder)[-1][1:] == ("spatial", 9)
 
 def test_a_click_enlarges_the_image(page, lab):
-    picture = page.locator(".mhrlhf-panel img")
+    picture = page.locator(".mhrlhf-panel img:visible")
     small = picture.bounding_box()["width"]
     picture.click(); assert picture.bounding_box()["width"] > 1.5 * small
     page.keyboard.press("Escape"); assert picture.bounding_box()["width"] == small
+
+def test_the_next_image_is_there_before_it_is_needed(page, lab):
+    hidden = page.locator(".mhrlhf-panel img").filter(visible=False)
+    wait_for(lambda: hidden.evaluate("img => img.complete && img.naturalWidth") == 64)
+    assert hidden.get_attribute("alt")
+    waiting = hidden.get_attribute("src")
+    page.keyboard.press("Enter")
+    wait_for(lambda: page.locator(".mhrlhf-panel img:visible").get_attribute("src") == waiting)
+    page.keyboard.press("Backspace")
+    wait_for(lambda: "image 11 of 14" in status(page))
+
+def test_a_locked_database_is_told_and_the_answer_kept(page, lab):
+    folder, _ = lab
+    before = len(stored(folder))
+    with sqlite3.connect(folder / "data/annotations/ratings.db") as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        page.keyboard.press("s"); page.keyboard.press("9")
+        wait_for(lambda: "NOT SAVED YET" in status(page))
+        shot(page, "panel-locked.png")
+        assert len(stored(folder)) == before
+        holder.rollback()
+    wait_for(lambda: len(stored(folder)) == before + 1)   # without another key: the panel tries again by itself
+    wait_for(lambda: "NOT SAVED YET" not in status(page))
 
 def test_it_fits_narrow_and_wide_windows(page, lab):
     shot(page, "panel.png")
@@ -175,6 +198,8 @@ def test_restarting_the_kernel_resumes(page, lab):
     for kernel in answers(f"{url}/api/kernels"): answers(f"{url}/api/kernels/{kernel['id']}/restart", method="POST")
     open_panel(page, url)
     wait_for(lambda: page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4", "5"])
-    press(page, folder, "2")
+    press(page, folder, "u")   # what was answered before the restart
+    wait_for(lambda: page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4"])
+    press(page, folder, "5"); press(page, folder, "2")
     wait_for(lambda: "image 12 of 14 · 11 done" in status(page))
     assert page.locator(".jp-Notebook .jp-Cell").count() == 1
