@@ -348,7 +348,7 @@ def write_ratings_csv(
     with atomic_path(path) as p: wide.to_csv(p, index=False)
     return len(wide)
 
-# %% ../nbs/20_ratings.ipynb #cf584823
+# %% ../nbs/20_ratings.ipynb #70ee64a8
 ASSIGNED = ("rater", "block", "prompt_id", "image_path", "aspect")  # its columns; a block is one sitting
 
 def write_assignment(
@@ -368,7 +368,7 @@ def read_assignment(
         if row["aspect"] not in NAMES: raise InputError(row.fault("aspect", f"no such aspect; there are: {', '.join(NAMES)}"))
         if not row["block"].isdigit(): raise InputError(row.fault("block", "a whole number is needed"))
     table = pd.DataFrame([{c: row[c] for c in ASSIGNED} for row in rows], columns=list(ASSIGNED))
-    return table.astype(dict(block=int))
+    return table.astype({c: int if c == "block" else str for c in ASSIGNED})
 
 # %% ../nbs/20_ratings.ipynb #e00cf195
 def aspect_order(
