@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'MODULES', 'PipelineSettings', 'SamplingSettings', 'GenerateSettings', 'AnnotateSettings',
-           'TrainRewardSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings', 'MonitorSettings',
-           'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
+           'TrainRewardSettings', 'ScoreSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings',
+           'MonitorSettings', 'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile',
+           'profile_variant']
 
 # %% ../nbs/01_settings.ipynb #1d8ced79
 from dataclasses import MISSING, dataclass, fields, replace
@@ -57,11 +58,22 @@ class AnnotateSettings:
     metadata: Path = Path("data/generated.csv")                          # the images to rate
     annotations: Path = Path("data/annotations/multihead_ratings.csv")   # rating sheet: template out, filled sheet in
     database: str = "sqlite:///data/annotations/ratings.db"              # SQLAlchemy URL; PostgreSQL for a team
+    raters: tuple[str, ...] = ()   # people to share the images among, such as ann, or carl:style+material for an expert; writes the assignment
+    per_image: int = 3      # of these raters for each aspect of each image
+    sitting: int = 25       # images in a block, after which the order of the aspects changes
+    one_aspect: bool = False  # within a block, one aspect at a time
+    more: int = 0           # further answers to ask for, where they tell most
+    uncertainty: str = ""   # CSV with image_path and <aspect>_uncertainty of a reward model, for --more
+    assignment: Path = Path("data/annotations/assignment.csv")  # who rates what; kept up to date with --raters
+    repeats: float = 0.     # share of the images that the served panel shows a second time
+    serve: bool = False     # serve the panel as a web page, until Ctrl-C
+    host: str = "127.0.0.1"  # address of the served panel; 0.0.0.0 for the local network, then with a password in its link
+    panel_port: int = 8866  # of the served panel
     simulate: int = 0       # raters of a SIMULATED panel to fill the store with; pocket images only
     icc: float = 0.6        # single-rater agreement of the SIMULATED panel, 0-1; sets its noise
     seed: int = 0           # of the simulated panel
 
-# %% ../nbs/01_settings.ipynb #ec1431bb
+# %% ../nbs/01_settings.ipynb #4cc296ad
 @dataclass(frozen=True)
 class TrainRewardSettings:
     "Step 4: five reward heads on a frozen OpenCLIP."
@@ -78,10 +90,22 @@ class TrainRewardSettings:
     epochs: int = 300             # at most; early stopping ends before
     patience: int = 40            # epochs without a better combined validation score
     folds: int = 5                # of the cross-validation, split by prompt
-    weights: str = "auto"         # of the composite. auto: learned from overall ratings, else from reliability; equal; or by hand: spatial=2,style=1
+    weights: str = "auto"         # of the composite. auto: learned from choices or overall ratings, else from reliability; equal; or by hand: spatial=2,style=1
+    choices: str = ""             # CSV with winner and loser (image paths): pairwise choices to learn the weights from
+    soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #02eb70c4
+# %% ../nbs/01_settings.ipynb #ebea27ee
+@dataclass(frozen=True)
+class ScoreSettings:
+    "Rate images with the reward heads."
+    files: tuple[str, ...] = ()   # images, and CSV files with image_path and prompt; they may stand without --files
+    prompt: str = ""              # the text that the images named on the command line are rated for; default: the one kept in the image
+    reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
+    output: Path = Path("outputs/scores.csv")  # CSV written
+    device: str = "auto"          # auto: cuda where there is one, else cpu
+    batch: int = 64               # images per forward pass
+
 @dataclass(frozen=True)
 class TrainDSPOSettings(SamplingSettings):
     "Step 5: tune the image model so that all aspects rise together."
@@ -141,7 +165,7 @@ class MonitorSettings:
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../nbs/01_settings.ipynb #3ab84e5e
+# %% ../nbs/01_settings.ipynb #fcc358f2
 @dataclass(frozen=True)
 class TestPipelineSettings:
     "The whole method on the pocket in ten minutes."
@@ -153,7 +177,7 @@ class TestPipelineSettings:
     processes: int = 2        # workers that generate
     fresh: bool = False       # start over instead of continuing
 
-STAGES = {"generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings, "train-dspo": TrainDSPOSettings,
+STAGES = {"generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings, "score": ScoreSettings, "train-dspo": TrainDSPOSettings,
           "evaluate": EvaluateSettings, "inference": InferenceSettings, "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings}
 MODULES = {stage: stage for stage in STAGES} | {"train-reward": "reward", "train-dspo": "dspo", "test-pipeline": "workflow"}  # whose `run` is the stage
 
