@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['judged_truth', 'noise_for', 'read_uncertainty', 'run']
 
-# %% ../nbs/37_annotate.ipynb #764ceff9
+# %% ../nbs/37_annotate.ipynb #17a2b37d
 from pathlib import Path
 import sys
 
@@ -17,6 +17,7 @@ from .aspects import NAMES
 from .assignment import assign, assign_next, parse_raters, progress, what_to_rate_next
 from .files import InputError, read_table
 from .generate import read_metadata
+from .raters import panel_report
 from .ratings import SIMULATED, RatingStore, completeness, import_sheet, read_assignment, simulated_panel, simulated_raters, write_assignment, write_template
 from .settings import AnnotateSettings
 
@@ -91,7 +92,7 @@ def _assign(store, images, settings):
         before = table
     if before is not None and len(before): print(progress(before, tidy))
 
-# %% ../nbs/37_annotate.ipynb #763e3735
+# %% ../nbs/37_annotate.ipynb #9b6ad7fc
 def _sheet(settings, images, store):
     "Write or read the sheet; returns its faults."
     existed = settings.annotations.exists()
@@ -112,6 +113,7 @@ def run(
     tidy = store.ratings()
     print(f"\n{tidy.rater.nunique()} raters, {len(tidy):,} ratings in {settings.database}\n{completeness(tidy, len(images)).round(1)}\n")
     if len(tidy): print(agreement(tidy))
+    if settings.report: panel_report(tidy, store.repeats()).save(settings.report); print(f"{settings.report}: the raters, the aspects and the disputed images, with pictures")
     for fault in faults: print(fault, file=sys.stderr)
     if faults: print(f"mhrlhf annotate: {len(faults)} faults in {settings.annotations}; everything else is stored. Correct them and run this again", file=sys.stderr)
     if settings.serve:

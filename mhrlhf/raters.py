@@ -7,10 +7,10 @@ __all__ = ['METHODS', 'FEW_REPEATS', 'TrueScores', 'true_scores', 'correlation_i
            'plot_raters', 'rater_consistency', 'plot_disputed', 'aspect_correlations', 'planned_interval',
            'PanelReport', 'panel_report']
 
-# %% ../nbs/32_raters.ipynb #40aa15f1
+# %% ../nbs/32_raters.ipynb #9e8c5581
 from dataclasses import dataclass, replace
 from html import escape
-import base64, io, math
+import base64, io, math, textwrap
 
 import numpy as np
 import pandas as pd
@@ -148,7 +148,7 @@ def suspect_raters(
     found = pd.DataFrame(rows, columns=["rater", "ratings", "with_others", "with_others_low", "with_others_high"]).set_index("rater")
     return found.assign(suspect=found.with_others_high < limit).sort_values("with_others")
 
-# %% ../nbs/32_raters.ipynb #a6f12111
+# %% ../nbs/32_raters.ipynb #caaea1c4
 def plot_raters(
     tidy: pd.DataFrame,  # ratings
 ):  # a figure
@@ -157,7 +157,7 @@ def plot_raters(
     fig, (left, right) = figure(1, 2, size=3.6)
     span = max(float(bias.abs().max().max()), .5)
     left.imshow(bias, cmap="RdBu", vmin=-span, vmax=span, aspect="auto")
-    for i, j in np.ndindex(bias.shape): left.text(j, i, f"{bias.iat[i, j]:+.1f}", ha="center", va="center", fontsize=6)
+    for i, j in np.ndindex(bias.shape): left.text(j, i, f"{bias.iat[i, j]:+.1f}", ha="center", va="center", fontsize=6, color="white" if abs(bias.iat[i, j]) > .6 * span else "black")
     left.set_xticks(range(bias.shape[1]), bias.columns, rotation=40, ha="right", fontsize=7); left.set_yticks(range(len(bias)), bias.index, fontsize=7)
     right.violinplot([tidy.value[tidy.rater == r] for r in bias.index], orientation="horizontal", showmeans=True)
     right.set_yticks(range(1, len(bias) + 1), bias.index, fontsize=7); right.invert_yaxis()
@@ -182,7 +182,7 @@ def rater_consistency(
         rows[rater] = dict(pairs=len(own), same=float((change == 0).mean()), change=float(change.abs().mean()), drift=float(change.mean()), icc=icc.value, icc_low=icc.low, icc_high=icc.high)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["pairs", "same", "change", "drift", "icc", "icc_low", "icc_high"]).rename_axis("rater")
 
-# %% ../nbs/32_raters.ipynb #cd63ac2a
+# %% ../nbs/32_raters.ipynb #f312294c
 def _thumbnail(root, path, size):
     "An image file as an array of limited size, or None."
     from PIL import Image
@@ -201,14 +201,14 @@ def plot_disputed(
     flags = disagreement_flags(tidy).drop_duplicates("image_path").head(count)
     if not len(flags): return None
     columns = min(len(flags), 4)
-    fig, axes = figure(math.ceil(len(flags) / columns), columns, size=1.9)
+    fig, axes = figure(math.ceil(len(flags) / columns), columns, size=2.3)
     for ax in axes: ax.axis("off")
     for ax, flag in zip(axes, flags.to_dict("records")):
         own = tidy[(tidy.image_path == flag["image_path"]) & (tidy.aspect == flag["aspect"])].sort_values("value")
         picture = _thumbnail(root, flag["image_path"], size)
         ax.imshow(np.full((8, 8, 3), 200, np.uint8) if picture is None else picture, interpolation="nearest")
         said = ", ".join(f"{r} {v:g}" for r, v in zip(own.rater, own.value))
-        ax.set_title(f"{flag['aspect']}\n{said[:60]}", fontsize=6, wrap=True)
+        ax.set_title(f"{flag['aspect']}\n{textwrap.fill(said, 34, max_lines=3)}", fontsize=6)
     if is_simulated(tidy): fig.suptitle("SIMULATED panel", fontsize=8)
     return fig
 

@@ -65,6 +65,7 @@ class AnnotateSettings:
     more: int = 0           # further answers to ask for, where they tell most
     uncertainty: str = ""   # CSV with image_path and <aspect>_uncertainty of a reward model, for --more
     assignment: Path = Path("data/annotations/assignment.csv")  # who rates what; kept up to date with --raters
+    report: str = ""        # HTML file for the full report with pictures, such as outputs/panel.html
     repeats: float = 0.     # share of the images that the served panel shows a second time
     serve: bool = False     # serve the panel as a web page, until Ctrl-C
     host: str = "127.0.0.1"  # address of the served panel; 0.0.0.0 for the local network, then with a password in its link
