@@ -48,7 +48,7 @@ def aspect_keys(
         keys[free[0]] = name
     return keys
 
-# %% ../nbs/30_panel.ipynb #6faf6d47
+# %% ../nbs/30_panel.ipynb #da6254ef
 class Item(NamedTuple):
     "One image that a rater is shown."
     prompt_id: str
@@ -65,9 +65,10 @@ def everything(
     block: int = 0,   # images in a block of one aspect at a time; 0: all aspects of an image together
 ) -> list:            # of `Item`
     "Every aspect of every image, in the rater's own order."
-    columns = [list(images[c]) for c in ("prompt_id", "image_path", "prompt")]
-    rows = [tuple(c[i] for c in columns) for i in rating_order(columns[1], rater, seed)]
-    if not block: return [Item(*row, aspects) for row in rows]
+    prompt_ids, paths, prompts = (images[c].tolist() for c in ("prompt_id", "image_path", "prompt"))
+    order = rating_order(paths, rater, seed)
+    if not block: return [Item(prompt_ids[i], paths[i], prompts[i], aspects) for i in order]
+    rows = [(prompt_ids[i], paths[i], prompts[i]) for i in order]
     turned = lambda b: aspects[b % len(aspects):] + aspects[:b % len(aspects)]
     return [Item(*row, (name,)) for b, at in enumerate(range(0, len(rows), block)) for name in turned(b) for row in rows[at:at + block]]
 
@@ -85,7 +86,7 @@ def assigned(
     rows = mine[["block", "prompt_id", "image_path", "aspect"]].itertuples(index=False, name=None)
     return [Item(key[1], key[2], prompts[key[2]], tuple(row[3] for row in group)) for key, group in groupby(rows, key=lambda row: row[:3])]
 
-# %% ../nbs/30_panel.ipynb #d663b344
+# %% ../nbs/30_panel.ipynb #7d311b7b
 def with_repeats(
     items: list,   # of `Item`
     rater: str,
@@ -94,9 +95,10 @@ def with_repeats(
 ) -> list:
     "The items, with some of them again as repeats."
     if not 0 <= share <= 1: raise InputError(f"repeats {share}: a share from 0 to 1 is needed")
+    if not share: return items
     rank = lambda item: int.from_bytes(hashlib.blake2b(f"again/{rater}/{item.image_path}".encode(), digest_size=4).digest()) / 2 ** 32
     placed = [(at, 0, item) for at, item in enumerate(items)]
-    placed += [(at + later, 1, item._replace(kind="repeat")) for at, item in enumerate(items) if share and rank(item) < share]
+    placed += [(at + later, 1, item._replace(kind="repeat")) for at, item in enumerate(items) if rank(item) < share]
     return [item for *_, item in sorted(placed, key=lambda p: p[:2])]
 
 def calibration_items(
@@ -108,7 +110,7 @@ def calibration_items(
     rows = [(r, tuple(a for a in aspects if pd.notna(r.get(a)))) for r in known.to_dict("records")]
     return [Item(r["prompt_id"], r["image_path"], r["prompt"], asked, "calibration") for r, asked in rows if asked]
 
-# %% ../nbs/30_panel.ipynb #8573cb0f
+# %% ../nbs/30_panel.ipynb #822eece2
 class RatingSession:
     "What one rater has answered and where they are; no browser needed. Raises `InputError` if there is no rater, aspect or image."
     def __init__(self,
@@ -138,7 +140,7 @@ class RatingSession:
 
 @patch
 def _plan(self: RatingSession, items, calibration):
-    asked = {a for item in items for a in item.aspects}
+    asked = {a for aspects in {item.aspects for item in items} for a in aspects}
     self.aspects = [a for a in ASPECTS if a.name in asked]
     self.keys = aspect_keys([a.name for a in self.aspects])
     self.items = ([] if calibration is None else calibration_items(calibration, tuple(a.name for a in self.aspects))) + items
