@@ -37,7 +37,7 @@ class SamplingSettings(PipelineSettings):
     guidance_until: float = 1.0   # LOSSY below 1: share of the steps that are guided; 0.6 saves a fifth of the time
     cache_every: int = 1          # LOSSY above 1: the whole UNet only every so many steps (DeepCache); 2 saves a third
 
-# %% ../nbs/01_settings.ipynb #c5ebfb43
+# %% ../nbs/01_settings.ipynb #1bde7988
 @dataclass(frozen=True)
 class GenerateSettings(SamplingSettings):
     "Step 1: images from prompts."
@@ -74,7 +74,7 @@ class AnnotateSettings:
     icc: float = 0.6        # single-rater agreement of the SIMULATED panel, 0-1; sets its noise
     seed: int = 0           # of the simulated panel
 
-# %% ../nbs/01_settings.ipynb #4cc296ad
+# %% ../nbs/01_settings.ipynb #b367b116
 @dataclass(frozen=True)
 class TrainRewardSettings:
     "Step 4: five reward heads on a frozen OpenCLIP."
@@ -84,6 +84,8 @@ class TrainRewardSettings:
     device: str = "auto"          # auto: cuda where there is one, else cpu
     output: Path = Path("outputs/multihead_reward_model")  # folder written
     cache: Path = Path("outputs/features")                 # features, kept by content
+    opposites: str = ("left edge/right edge, left third/centred, right third/centred, high up/low down, tiny/huge, small/large, "
+                      "sharp/very blurry, clean/very noisy, colourful/grey, smooth/strong texture, no shadow/strong shadow")  # pairs of phrases between which an image is read
     hidden: int = 64              # width of a head's hidden layer; 0: linear heads
     dropout: float = 0.1          # probability
     lr: float = 1e-3              # AdamW learning rate
