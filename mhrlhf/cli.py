@@ -10,11 +10,12 @@ import sys
 
 from .files import InputError
 
-# %% ../nbs/90_cli.ipynb #88598cb9
+# %% ../nbs/90_cli.ipynb #a3e11f11
 DESCRIPTIONS = {
     "generate": "step 1: images from prompts",
     "annotate": "steps 2 and 3: rating sheet out, ratings in, completeness and agreement",
     "train-reward": "step 4: five reward heads from the ratings",
+    "score": "rate any images with the heads: mhrlhf score a.png b.png --prompt \"a fox\"",
     "train-dspo": "step 5: tune the image model so that all aspects rise together",
     "evaluate": "base and tuned model on held-out prompts, with intervals",
     "inference": "images from a tuned model",
@@ -29,7 +30,7 @@ def _help():
                       "The profile is sdxl where a CUDA GPU with 12 GB is, else pocket; --profile or PROFILE= decide otherwise.",
                       "--variant dual takes the profile NAME-dual where settings.ini has one."])
 
-# %% ../nbs/90_cli.ipynb #bab29985
+# %% ../nbs/90_cli.ipynb #9c328c4b
 def _take(arguments, name, default):
     "Remove `--name value` or `--name=value` from the arguments."
     rest, value, it = [], default, iter(arguments)
@@ -38,6 +39,16 @@ def _take(arguments, name, default):
         elif a.startswith(f"--{name}="): value = a.split("=", 1)[1]
         else: rest.append(a)
     return value, rest
+
+def _bare(arguments):
+    "Words that belong to no option, such as file names, and the rest."
+    words, rest, it = [], [], iter(arguments)
+    for a in it:
+        if a == "--files": continue
+        if not a.startswith("-"): words.append(a); continue
+        rest.append(a)
+        if a.startswith("--") and "=" not in a and a != "--help": rest += [v for v in [next(it, None)] if v is not None]
+    return words, rest
 
 def run_stage(
     stage: str,        # key of `settings.STAGES`
@@ -53,6 +64,8 @@ def run_stage(
     variant, arguments = _take(arguments, "variant", "")
     profile, reason = choose_profile(profile)
     profile = profile_variant(profile, variant, path)
+    if stage == "score":
+        words, arguments = _bare(arguments); arguments += ["--files", *words] if words else []
     defaults = load_settings(stage, profile, path)
     settings = tyro.cli(STAGES[stage], prog=f"mhrlhf {stage}", description=DESCRIPTIONS[stage], default=defaults, args=arguments)
     print(f"profile {profile} ({reason})", flush=True)

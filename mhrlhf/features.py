@@ -21,13 +21,13 @@ import torch.nn.functional as F
 
 from .files import InputError, atomic_path, fingerprint, inside, raise_faults
 
-# %% ../nbs/40_features.ipynb #2cc61ddc
+# %% ../nbs/40_features.ipynb #e0db39cb
 @dataclass(frozen=True)
 class Features:
     "What the heads see of n images and their prompts."
     image: torch.Tensor           # (n, d), unit length
     text: torch.Tensor            # (n, d), unit length
-    patches: torch.Tensor = None  # (n, t, p): tokens on a grid, row by row; None where the backbone has none
+    patches: torch.Tensor = None  # (n, t, p): tokens on a grid, row by row; or (n, s): their summary; None where the backbone has none
 
     def __len__(self): return len(self.image)
     def __getitem__(self, rows): return Features(self.image[rows], self.text[rows], None if self.patches is None else self.patches[rows])
@@ -142,7 +142,7 @@ class FeatureCache:
 
     def __repr__(self): return f"FeatureCache: {len(self.where)} images in {len(self.shards)} shards, {len(self.texts)} texts"
 
-# %% ../nbs/40_features.ipynb #701aee91
+# %% ../nbs/40_features.ipynb #4e64af91
 from fastcore.basics import patch
 
 @patch
@@ -151,7 +151,7 @@ def _refresh(self: FeatureCache):
     for path in sorted(self.folder.glob("*.safetensors")):
         if path.name in self.shards: continue
         try:
-            with safe_open(path, "pt") as f: self._know(path.name, {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["index"]))
+            with safe_open(path, "pt") as f: self._know(path.name, {k: None if k == "patches" else f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["index"]))
         except (SafetensorError, OSError, KeyError, ValueError) as e:
             print(f"{path}: damaged ({type(e).__name__}), left out; its images are computed again"); self.shards[path.name] = {}
 
@@ -168,7 +168,13 @@ def _write(self: FeatureCache, kind, tensors, index):
     "Write a shard and know it."
     path = self.folder / f"{kind}-{os.urandom(8).hex()}.safetensors"
     with atomic_path(path) as p: save_file({k: v.contiguous() for k, v in tensors.items()}, p, metadata=dict(index=json.dumps(index)))
-    self._know(path.name, tensors, index)
+    self._know(path.name, tensors | dict(patches=None) if "patches" in tensors else tensors, index)
+
+@patch
+def _tensor(self: FeatureCache, name, key):
+    "A tensor of a shard; patches are large and stay on the disk until they are asked for."
+    if self.shards[name][key] is not None: return self.shards[name][key]
+    with safe_open(self.folder / name, "pt") as f: return f.get_tensor(key)
 
 # %% ../nbs/40_features.ipynb #86a12e2d
 @patch
@@ -186,14 +192,19 @@ def _keys(self: FeatureCache, paths, root):
     raise_faults(faults)
     return keys, full
 
-# %% ../nbs/40_features.ipynb #5e2c8a1e
-def _decode(paths):
-    "Arrays of image files, read by threads, and the faults."
-    def one(path):
-        try: return read_image(path), None
-        except InputError as e: return None, str(e)
-    with ThreadPoolExecutor(4) as pool: results = list(pool.map(one, paths))
-    return [a for a, _ in results], [e for _, e in results if e]
+# %% ../nbs/40_features.ipynb #9d921b92
+def _try_read(path):
+    try: return read_image(path)
+    except InputError as e: return e
+
+def _decoded(paths, batch):
+    "Arrays of image files, or their faults, batch by batch; the next batch is read while this one is in use."
+    parts = [paths[i:i + batch] for i in range(0, len(paths), batch)]
+    with ThreadPoolExecutor(4) as pool:
+        ahead = [pool.submit(_try_read, p) for p in parts[0]]
+        for following in [*parts[1:], []]:
+            now, ahead = ahead, [pool.submit(_try_read, p) for p in following]
+            yield [f.result() for f in now]
 
 def extract_arrays(
     backbone,      # see `models.load_backbone`
@@ -201,63 +212,86 @@ def extract_arrays(
     text: torch.Tensor,  # (n, d), or None: image features only
 ) -> Features:
     "Features without gradient of images in memory; those of one size share a forward."
-    sizes, parts = {}, {}
+    def see(rows): return _see(backbone.model.visual, preprocess(backbone, to_pixels(np.stack([arrays[i] for i in rows])).to(backbone.device)))
+    sizes = {}
     for i, a in enumerate(arrays): sizes.setdefault(a.shape, []).append(i)
-    with torch.no_grad():
-        for rows in sizes.values():
-            pixels = preprocess(backbone, to_pixels(np.stack([arrays[i] for i in rows])).to(backbone.device))
-            for i, image, patches in zip(rows, *_rows(_see(backbone.model.visual, pixels))): parts[i] = (image, patches)
-    image, patches = zip(*(parts[i] for i in range(len(arrays))))
-    image = torch.stack(image)
-    return Features(image, image if text is None else text, None if patches[0] is None else torch.stack(patches))
+    with torch.no_grad(): seen = [see(rows) for rows in sizes.values()]
+    back = torch.from_numpy(np.argsort(np.concatenate(list(sizes.values())))).to(backbone.device)
+    image, patches = (parts[0] if len(parts) == 1 else None if parts[0] is None else torch.cat(parts)[back] for parts in zip(*seen))
+    return Features(image, image if text is None else text, patches)
 
-def _rows(seen): return seen[0], [None] * len(seen[0]) if seen[1] is None else seen[1]
-
-# %% ../nbs/40_features.ipynb #1483fba3
+# %% ../nbs/40_features.ipynb #82802aa4
 @patch
 def _compute(self: FeatureCache, todo):
-    "Compute and write the features of {key: path}."
-    items, done = list(todo.items()), 0
+    "Compute and write the features of {key: paths of that content}; what can be read is kept before the rest is told."
+    items, faults, done = list(todo.items()), [], 0
     for start in range(0, len(items), self.shard):
-        part, found = items[start:start + self.shard], []
-        for i in range(0, len(part), self.batch):
-            arrays, faults = _decode([p for _, p in part[i:i + self.batch]]); raise_faults(faults)
-            found.append(extract_arrays(self.backbone, arrays, None).to("cpu")); done += len(arrays)
+        part, found, kept = items[start:start + self.shard], [], []
+        for arrays in _decoded([paths[0] for _, paths in part], self.batch):
+            here = part[done - start:done - start + len(arrays)]; done += len(arrays)
+            faults += [str(e).replace(paths[0], p, 1) for (_, paths), e in zip(here, arrays) if isinstance(e, InputError) for p in paths]
+            good = [i for i, a in enumerate(arrays) if not isinstance(a, InputError)]
+            if good: found.append(extract_arrays(self.backbone, [arrays[i] for i in good], None).to("cpu")); kept += [here[i] for i in good]
             if self.progress: self.progress(done, len(items))
-        tensors = dict(image=torch.cat([f.image for f in found]))
-        if found[0].patches is not None: tensors["patches"] = torch.cat([f.patches for f in found]).half()
-        _finite(tensors, [p for _, p in part])
-        self._write("images", tensors, dict(keys=[k for k, _ in part], paths=[p for _, p in part], stamps=[_stamp(p) for _, p in part]))
-    self.computed += len(items)
+        if found: self._keep(found, kept)
+    raise_faults(faults)
+
+@patch
+def _keep(self: FeatureCache, found, kept):
+    "Write the features of (key, paths) as one shard."
+    tensors, paths = dict(image=torch.cat([f.image for f in found])), [p[0] for _, p in kept]
+    if found[0].patches is not None: tensors["patches"] = torch.cat([f.patches.half() for f in found])
+    _finite(tensors, paths); self.computed += len(kept)
+    self._write("images", tensors, dict(keys=[k for k, _ in kept], paths=paths, stamps=[_stamp(p) for p in paths]))
 
 def _finite(tensors, paths):
     "Refuse features that are not numbers."
+    if all(t.sum(dtype=torch.float).isfinite() for t in tensors.values()): return
     bad = ~torch.stack([t.flatten(1).isfinite().all(1) for t in tensors.values()]).all(0)
     raise_faults([f"{paths[i]}: its features are not finite numbers; the backbone's weights are damaged or overflow, load another" for i in bad.nonzero().flatten().tolist()])
 
-# %% ../nbs/40_features.ipynb #80c3096b
+# %% ../nbs/40_features.ipynb #f09ed5ee
 @patch
-def _gather(self: FeatureCache, places, name):
-    "Rows of shards as one tensor."
+def _gather(self: FeatureCache, places, name, summary=None):
+    "Rows of shards as one tensor, or what the summary makes of them."
     names, rows = zip(*places); out, rows = None, np.array(rows)
     codes = {n: i for i, n in enumerate(dict.fromkeys(names))}; which = np.array([codes[n] for n in names])
     for n, code in codes.items():
-        source, target = self.shards[n].get(name), np.flatnonzero(which == code)
-        if source is None: return None
-        if out is None: out = torch.empty(len(rows), *source.shape[1:], dtype=source.dtype)
-        out[torch.from_numpy(target)] = source[torch.from_numpy(rows[target])]
+        if name not in self.shards[n]: return None
+        source = self._tensor(n, name)
+        for target in np.array_split(where := np.flatnonzero(which == code), -(-len(where) // 256) if summary else 1):
+            part = source[_run(rows[target])]
+            if summary: part = summary(part)
+            if out is None: out = torch.empty(len(rows), *part.shape[1:], dtype=part.dtype)
+            out[_run(target)] = part
     return out
+
+def _run(rows):
+    "Rows that follow one another as a slice, which is copied in one go."
+    return slice(int(rows[0]), int(rows[-1]) + 1) if (np.diff(rows) == 1).all() else torch.from_numpy(rows)
+
+@patch
+def contents(self: FeatureCache,
+    image_paths: list,  # n paths, relative to the root
+    root=".",
+) -> list:              # n content keys
+    "What tells one image's content from another's. Raises `InputError` as `get` does."
+    return self._keys(list(map(str, image_paths)), str(root))[0]
 
 @patch
 def get(self: FeatureCache,
     image_paths: list,  # n paths, relative to the root
     prompts: list,      # n texts
     root=".",           # folder that the paths are relative to
+    summary=None,       # function of patches (m, t, p) -> (m, s), kept in place of them: a thirtieth of the memory
 ) -> Features:          # on the CPU; patches in half precision
     "Features of image files; what is not in the cache is computed and kept. Raises `InputError` for files that are missing, damaged or outside the root."
     self._refresh()
     keys, full = self._keys(list(map(str, image_paths)), str(root))
-    if todo := {k: p for k, p in zip(keys, full) if k not in self.where}: self._compute(todo)
+    todo = {}
+    for k, p in zip(keys, full):
+        if k not in self.where and p not in todo.setdefault(k, []): todo[k].append(p)
+    if todo: self._compute(todo)
     if new := sorted(set(prompts) - set(self.texts)): self._write("texts", dict(text=encode_prompts(self.backbone, new).cpu()), dict(texts=new))
     places = [self.where[k] for k in keys]
-    return Features(self._gather(places, "image"), self._gather([self.texts[p] for p in prompts], "text"), self._gather(places, "patches"))
+    return Features(self._gather(places, "image"), self._gather([self.texts[p] for p in prompts], "text"), self._gather(places, "patches", summary))
