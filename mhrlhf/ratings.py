@@ -333,7 +333,7 @@ def import_sheet(
         if (r["rater"], r["image_path"], r["kind"], r["text"]) not in there: store.remark(**r, source="csv")
     return len(new), faults
 
-# %% ../nbs/20_ratings.ipynb #4fb4558b
+# %% ../nbs/20_ratings.ipynb #81c307f4
 def write_ratings_csv(
     path,                # CSV to write
     store: RatingStore,
@@ -344,7 +344,7 @@ def write_ratings_csv(
     tidy, remarks = store.ratings(overall=True), store.remarks().query("kind != 'skip'")
     long = pd.concat([tidy.assign(column=tidy.aspect.map(column), value=tidy.value.map("{:g}".format)),
                       remarks.assign(column=remarks.kind, value=remarks.text)])
-    wide = long.pivot(index=key, columns="column", values="value").reset_index().reindex(columns=SHEET_COLUMNS[:-1]).fillna("")
+    wide = long.pivot(index=key, columns="column", values="value").reset_index().reindex(columns=SHEET_COLUMNS).fillna("")
     with atomic_path(path) as p: wide.to_csv(p, index=False)
     return len(wide)
 
