@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['label_studio_config', 'label_studio_tasks', 'write_label_studio', 'read_label_studio', 'label_studio_annotations',
-           'argilla_settings', 'argilla_id', 'argilla_records', 'write_argilla', 'read_argilla']
+           'argilla_settings', 'argilla_id', 'argilla_records', 'write_argilla', 'read_argilla', 'read_notes']
 
 # %% ../nbs/33_exchange.ipynb #f0ccf248
 from pathlib import Path
@@ -178,3 +178,30 @@ def read_argilla(
                 found += _ratings(path, f"record {record.get('id') or number}", (people or {}).get(who, who), record.get("metadata") or {}, answers, None, faults)
         except (KeyError, TypeError, AttributeError) as e: faults.append(f"{path}: record {number}: not in the shape of an export ({type(e).__name__}: {e}); export the records again")
     return pd.DataFrame(found, columns=[*TIDY, "seconds"]), faults
+
+# %% ../nbs/33_exchange.ipynb #0e62c8e9
+def _text(value):
+    "The text in a note's value: Label Studio gives a list of lines, Argilla and JSON_MIN a text."
+    if isinstance(value, dict): value = value.get("text")
+    return "\n".join(map(str, value)).strip() if isinstance(value, list) else str(value or "").strip()
+
+def _notes(entry):
+    "(person, data, text) of each note in an entry of any export."
+    if "responses" in entry:
+        for r in entry["responses"].get("note", ()): yield r.get("user_id"), entry.get("metadata") or {}, _text(r.get("value"))
+    elif "annotations" in entry:
+        for a in entry["annotations"]:
+            for r in () if a.get("was_cancelled") else a.get("result", ()):
+                if r.get("from_name") == "note": yield _person(a.get("completed_by")), entry.get("data") or {}, _text(r.get("value"))
+    else: yield _person(entry.get("annotator")), entry, _text(entry.get("note"))
+
+def read_notes(
+    path,                 # an export of Label Studio (JSON, JSON_MIN) or Argilla
+    people: dict = None,  # user id -> rater's name; default: the id is the name
+) -> list:                # of dicts for `RatingStore.remark`
+    "The notes in an export; those without a person or an image are left to the reader of the ratings to report. Raises `InputError` if it is no export."
+    entries = read_json(path)
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries): raise InputError(f"{path}: not an export of Label Studio or Argilla")
+    found = [(who, data, text) for entry in entries for who, data, text in _notes(entry)]
+    return [dict(rater=(people or {}).get(who, who), prompt_id=data["prompt_id"], image_path=data["image_path"], kind="note", text=text)
+            for who, data, text in found if who and text and data.get("prompt_id") and data.get("image_path")]
