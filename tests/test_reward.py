@@ -13,8 +13,9 @@ from mhrlhf.aspects import NAMES
 from mhrlhf.features import Features
 from mhrlhf.files import InputError, read_json, write_csv
 from mhrlhf.ratings import RatingStore, simulated_panel
-from mhrlhf.reward import RewardModel, rated_images, run, save_model, train
-from mhrlhf.settings import TrainRewardSettings
+from mhrlhf.reward import RewardModel, rated_images, read_choices, run, save_model, train
+from mhrlhf.score import run as run_score
+from mhrlhf.settings import ScoreSettings, TrainRewardSettings
 
 SETTINGS = TrainRewardSettings(hidden=8, epochs=6, patience=3)
 BACKBONE = SimpleNamespace(name="made-up", identity="made-up-1", device=torch.device("cpu"))
@@ -62,6 +63,44 @@ def test_a_rating_that_is_missing_touches_only_its_own_head(trained):
     complete = learned(features, metadata, tidy, replace(SETTINGS, hidden=0)).predicted
     same = [a for a in NAMES if a != "style"]
     assert np.allclose(fewer[same], complete[same], atol=1e-3) and not np.allclose(fewer["style"], complete["style"], atol=1e-3)
+
+# What is said about the heads
+
+def test_stated_errors_cover_the_ratings_of_folds_they_were_not_fitted_on(trained):
+    u = trained.trust.uncertainty
+    assert (u.covers_95_low <= .95).all() and (u.covers_95_high >= .95).all() and (u.spread_covers_95 < .8).all(), u
+
+def test_stated_errors_cover_new_images():
+    features, metadata, tidy = world(400)
+    old = set(metadata.image_path[:320]); new = slice(320, 400)
+    result = train(rated_images(tidy[tidy.image_path.isin(old)], metadata[:320]), features[:320], BACKBONE, SETTINGS)
+    table = result.model.table(features[new]); rated = tidy.pivot_table(index="image_path", columns="aspect", values="value").loc[metadata.image_path[new]]
+    inside = np.mean([(np.abs(table[a].values - rated[a].values) <= 1.96 * table[f"{a}_uncertainty"].values).mean() for a in NAMES])
+    assert .9 < inside < .99, inside
+
+def test_a_model_on_disk_states_the_same_errors_and_composite(trained, folder):
+    features, *_ = world()
+    pd.testing.assert_frame_equal(load(folder).table(features[:9]), trained.model.table(features[:9]))
+
+def test_a_head_that_learned_another_aspect_is_found_out():
+    from mhrlhf.trust import leakage
+    features, metadata, tidy = world(400, noise=.5)
+    rated = rated_images(tidy, metadata); ratings = rated.ratings
+    sees, _ = leakage(ratings.assign(style=ratings["material"] + .1 * np.random.default_rng(0).normal(size=400)), ratings, rated.prompt_ids)
+    assert sees.borrows_from["style"] == "material" and sees.leak_low["style"] > .5 and sees.sees["style"] != "its own aspect"
+
+def test_the_composites_weights_follow_choices(trained, tmp_path):
+    features, metadata, tidy = world(); rng = np.random.default_rng(0)
+    truth = tidy.pivot_table(index="image_path", columns="aspect", values="value"); pairs = rng.permutation(truth.index)[:160].reshape(80, 2)
+    rows = [dict(zip(("winner", "loser"), p if truth["style"][p[0]] > truth["style"][p[1]] else p[::-1])) for p in pairs]
+    write_csv(tmp_path / "choices.csv", rows, ["winner", "loser"])
+    result = train(rated_images(tidy, metadata), features, BACKBONE, SETTINGS, choices=read_choices(tmp_path / "choices.csv", set(truth.index)))
+    w = result.report
+    assert w.weight["style"] == w.weight.max() and w.weight["style"] > .4 and (w.weight_low >= 0).all() and (w.weight_low <= w.weight_high).all() and "80 pairwise choices" in result.weights_from
+
+def test_faulty_choices_are_named_by_line(tmp_path):
+    write_csv(tmp_path / "c.csv", [dict(winner="a.png", loser="b.png"), dict(winner="a.png", loser="z.png"), dict(winner="b.png", loser="b.png")], ["winner", "loser"])
+    with pytest.raises(InputError, match="c.csv:3: column loser, value 'z.png': not a rated image(.|\n)*c.csv:4: column loser, value 'b.png': is the winner too"): read_choices(tmp_path / "c.csv", {"a.png", "b.png"})
 
 # Ratings that cannot be learned from
 
@@ -134,6 +173,41 @@ def project(tmp_path):
 def test_images_missing_or_corrupt_are_all_named_and_nothing_is_written(project):
     (project / "images/p3/0.png").unlink(); (project / "images/p4/0.png").unlink()
     with chdir(project), pytest.raises(InputError, match="p3/0.png: no such image(.|\n)*p4/0.png: no such image"): run(SETTINGS)
-    for name in ("p3", "p4"): (project / f"images/{name}/0.png").write_bytes(f"no image {name}".encode())
+    for name in ("p3", "p4"): (project / f"images/{name}/0.png").write_bytes(b"no image")
     with chdir(project), pytest.raises(InputError, match="p3/0.png: not a readable image(.|\n)*p4/0.png: not a readable image"): run(SETTINGS)
     assert not (project / "outputs/multihead_reward_model/reward_model.json").exists()
+
+def test_images_made_again_or_changed_since_they_were_rated_are_refused(project):
+    quick = replace(SETTINGS, epochs=1, hidden=0)
+    with chdir(project): run(quick)
+    before = (project / "outputs/multihead_reward_model/reward_model.json").read_bytes()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(project / "images/p3/0.png")
+    with chdir(project), pytest.raises(InputError, match="images/p3/0.png: has another content .hash. than when it was rated; rate it again"): run(quick)
+    table = pd.read_csv(project / "data/generated.csv"); table["created_at"] = ""; table.loc[4, "created_at"] = "2099-01-01T00:00:00+00:00"; table["status"] = "ok"
+    table.to_csv(project / "data/generated.csv", index=False)
+    with chdir(project), pytest.raises(InputError, match="images/p4/0.png: was made again after it was rated"): run(quick)
+    assert (project / "outputs/multihead_reward_model/reward_model.json").read_bytes() == before
+    store = RatingStore(f"sqlite:///{project}/data/annotations/ratings.db"); store.add(store.ratings().query("image_path == 'images/p3/0.png'"))
+    table["created_at"] = ""; table.to_csv(project / "data/generated.csv", index=False)
+    with chdir(project): run(quick)
+    metrics = read_json(project / "outputs/multihead_reward_model/metrics.json")
+    assert {"plcc", "plcc_low", "plcc_high", "ceiling"} <= set(metrics["aspects"]["style"]) and {"calibration", "reliability", "uncertainty", "matrices", "sees", "genres"} <= set(metrics)
+    names = ("scatter", "correlations", "residuals", "reliability", "aspects", "images")
+    assert all((project / f"outputs/multihead_reward_model/{n}.png").stat().st_size > 1000 for n in names)
+    with chdir(project): run_score(ScoreSettings(files=("data/generated.csv",)))
+    scores = pd.read_csv(project / "outputs/scores.csv")
+    assert len(scores) == 40 and scores[[*NAMES, "composite"]].notna().all().all() and (scores[[f"{a}_uncertainty" for a in NAMES]] > 0).all().all()
+
+@pytest.mark.parametrize("arguments, says", [
+    ([], "nothing to rate: name images"),
+    (["no.png", "--prompt", "a fox"], "no.png: no such image"),
+    (["images/p1/0.png"], "no prompt is kept in this image"),
+    (["images"], "images: is a folder"),
+    (["bad.csv"], "bad.csv:3: column prompt, value '': is empty"),
+    (["--prompt", "a fox", "images/p1/0.png", "--output", "s.csv"], "no reward model here; train one first")])
+def test_the_score_command_says_what_is_wrong_and_ends_with_2(project, arguments, says, capsys):
+    from mhrlhf.cli import main
+    write_csv(project / "bad.csv", [dict(image_path="images/p1/0.png", prompt="a fox"), dict(image_path="images/p2/0.png", prompt="")], ["image_path", "prompt"])
+    (project / "settings.ini").write_text("[pocket]\npipeline = pocket\n")
+    with chdir(project): assert main(["score", "--profile", "pocket", *arguments]) == 2
+    assert says in capsys.readouterr().err and not (project / "outputs/scores.csv").exists()
