@@ -1,4 +1,5 @@
 """The rating panel as an expert meets it: a real JupyterLab, a real kernel, a real browser, keys and mouse."""
+from contextlib import contextmanager
 from pathlib import Path
 import json, os, shutil, socket, sqlite3, statistics, subprocess, sys, time, urllib.request
 
@@ -28,11 +29,10 @@ def make_project(folder):
 def free_port():
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "A JupyterLab on this machine only, in a folder of its own."
-    folder, home, port = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("home"), free_port()
-    make_project(folder)
+@contextmanager
+def running_lab(folder, home):
+    "A JupyterLab on this machine only, in a folder of its own; yields its address."
+    port = free_port()
     environment = os.environ | {k: str(home / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
@@ -40,11 +40,18 @@ def lab(tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(f"{url}/api/status") and server.poll() is None, 120, lambda: (folder / "lab.log").read_text())
-        yield folder, url
+        yield url
     finally:
         server.terminate()
         try: server.wait(20)
         except subprocess.TimeoutExpired: server.kill()
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A study's folder and the address of the JupyterLab in it."
+    folder = tmp_path_factory.mktemp("study")
+    make_project(folder)
+    with running_lab(folder, tmp_path_factory.mktemp("home")) as url: yield folder, url
 
 def answers(url, **options):
     try:
