@@ -1,10 +1,11 @@
 """The rating half: statistics against references and simulated truth, speed and memory at size, the store: python benchmarks/ratings.py [--quick] [--json FILE]
 
 Times are processor seconds of one process, so that other work on the machine does not change them; medians of the runs count.
+Those of the panel in a browser are times on the clock (a real JupyterLab, kernel and Chromium with images of 1024 x 1024): measure them on a machine that does nothing else.
 All panels are simulated and seeded."""
 from pathlib import Path
 from statistics import median
-import argparse, json, multiprocessing, os, platform, resource, sys, tempfile, time, warnings
+import argparse, json, multiprocessing, os, platform, resource, sqlite3, sys, tempfile, time, warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
@@ -12,7 +13,8 @@ import pandas as pd
 
 from mhrlhf.agreement import agreement, icc_2, icc_3, intraclass, krippendorff_alpha, mean_squares
 from mhrlhf.aspects import NAMES
-from mhrlhf.panel import RatingSession
+from mhrlhf.assignment import assign
+from mhrlhf.panel import RatingSession, rating_order
 from mhrlhf.raters import true_scores
 from mhrlhf.ratings import RatingStore, simulated_panel, simulated_raters
 
@@ -104,6 +106,63 @@ def session_times(folder, answers):
         start = time.perf_counter(); session.press(str(i % 10)); took.append(time.perf_counter() - start)
     return opened, median(took)
 
+# The panel in a real browser ----------------------------------------------------------------------------------
+
+WATCH = """() => {   // milliseconds from a key to the next image on the screen
+  window.shown = [];
+  const seen = () => [...document.querySelectorAll(".mhrlhf-panel img")].find(i => i.offsetParent);
+  document.addEventListener("keydown", event => {
+    const start = performance.now(), before = seen().src;
+    const look = () => { const now = seen(); if (now && now.src !== before && now.complete) window.shown.push(performance.now() - start); else if (performance.now() - start < 3000) requestAnimationFrame(look); };
+    if (event.key === "Enter") requestAnimationFrame(look);
+  }, true);
+}"""
+
+def study(folder, images, real):
+    "Metadata of many images; those that the rater sees first are there, 1024 x 1024."
+    from PIL import Image
+    paths, rng = [f"data/images/p{i}/0.png" for i in range(images)], np.random.default_rng(0)
+    coarse = [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(4)]
+    for n, i in enumerate(rating_order(paths, "ann")[:real]):
+        (folder / paths[i]).parent.mkdir(parents=True)
+        Image.fromarray(np.roll(coarse[n % 4], n, 1)).resize((1024, 1024), Image.BICUBIC).save(folder / paths[i], compress_level=1)
+    pd.DataFrame(dict(prompt_id=[f"p{i}" for i in range(images)], image_path=paths, prompt="a fox in the snow")).to_csv(folder / "data/generated.csv", index=False)
+
+def keys_to_database(page, database, answers):
+    "Seconds from each key to its row."
+    took = []
+    with sqlite3.connect(database, timeout=30) as c:
+        count = lambda: c.execute("select count(*) from ratings").fetchone()[0]
+        for i in range(answers):
+            before, start = count(), time.perf_counter()
+            page.keyboard.press(str(i % 10))
+            while count() == before: time.sleep(.001)
+            took.append(time.perf_counter() - start); page.wait_for_timeout(150)
+    return took
+
+def in_browser(images=100_000, answers=60, moves=30):
+    "Seconds: the kernel opens the panel, key to stored answer, key to next image (medians); None where there is no browser."
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    try:
+        from playwright.sync_api import sync_playwright
+        import test_panel_browser as lab
+    except BaseException as e: print(f"no figures of the panel in a browser: {e}"); return None
+    if not lab.CHROMIUM: print("no figures of the panel in a browser: no Chromium here"); return None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name); study(folder, images, answers // 5 + moves + 8)
+        code = "import time\nfrom mhrlhf.panel import RatingPanel\nstart = time.perf_counter()\npanel = RatingPanel('data/generated.csv', rater='ann')\nopen('opened', 'w').write(str(time.perf_counter() - start))\npanel"
+        kernel = dict(name="python3", display_name="python3", language="python")
+        (folder / "rate.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=code)], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+        with lab.running_lab(folder, folder / "home") as url, sync_playwright() as p:
+            browser = p.chromium.launch(executable_path=lab.CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport=dict(width=1280, height=900)); page.set_default_timeout(120_000)
+            lab.open_panel(page, url); page.wait_for_timeout(2000)
+            stored = keys_to_database(page, folder / "data/annotations/ratings.db", answers)
+            page.evaluate(WATCH)
+            for _ in range(moves): page.keyboard.press("Enter"); page.wait_for_timeout(600)
+            shown = page.evaluate("window.shown"); browser.close()
+        return float((folder / "opened").read_text()), median(stored), median(shown) / 1000, len(shown)
+
 def rows_of(quick):
     "The table's rows: figure, ours, peer, goal, runs, whether small is good."
     draws, runs = (100, 1) if quick else (500, 3)
@@ -123,6 +182,13 @@ def rows_of(quick):
     with tempfile.TemporaryDirectory() as folder: opened, stored = session_times(folder, 100 if quick else 500)
     yield "a session with 100,000 images opens, processor s", opened, None, 1., 1, True
     yield "key to stored answer without a browser, s", stored, None, .05, 100 if quick else 500, True
+    where = pd.DataFrame(dict(prompt_id="p", image_path=[f"{i}.png" for i in range(2_000 if quick else 20_000)]))
+    yield f"{len(where):,} images shared among 12 raters, 3 each, processor s", timed(lambda: assign(where, {f"r{i}": NAMES for i in range(12)}, 3)), None, None, 1, True
+    if found := in_browser(answers=30 if quick else 60, moves=12 if quick else 30):
+        opened, stored, shown, n = found
+        yield "browser: the panel opens with 100,000 images (metadata CSV, database, widgets), s", opened, None, 1., 1, True
+        yield "browser: key to stored answer, median s", stored, None, .05, 30 if quick else 60, True
+        yield "browser: key to next image of 1024 x 1024 on the screen, median s", shown, None, .15, n, True
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
