@@ -64,7 +64,7 @@ class AnnotateSettings:
     one_aspect: bool = False  # within a block, one aspect at a time
     more: int = 0           # further answers to ask for, where they tell most
     uncertainty: str = ""   # CSV with image_path and <aspect>_uncertainty of a reward model, for --more
-    assignment: Path = Path("data/annotations/assignment.csv")  # who rates what; kept up to date with --raters
+    assignment: str = ""    # CSV of who rates what; default: assignment.csv beside the sheet; kept up to date with --raters
     report: str = ""        # HTML file for the full report with pictures, such as outputs/panel.html
     repeats: float = 0.     # share of the images that the served panel shows a second time
     serve: bool = False     # serve the panel as a web page, until Ctrl-C
@@ -168,16 +168,16 @@ class MonitorSettings:
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../nbs/01_settings.ipynb #fcc358f2
+# %% ../nbs/01_settings.ipynb #4873edfb
 @dataclass(frozen=True)
 class TestPipelineSettings:
     "The whole method on the pocket in ten minutes."
     output: Path = Path("outputs/test_pipeline")  # folder written; everything the run makes lies in it
-    prompts: int = 240        # prompts that get rated images
+    prompts: int = 480        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
-    minutes: float = 2.5      # of tuning
-    processes: int = 2        # workers that generate
+    minutes: float = 3.5      # of tuning
+    processes: int = 2        # workers that generate and tune
     fresh: bool = False       # start over instead of continuing
 
 STAGES = {"generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings, "score": ScoreSettings, "train-dspo": TrainDSPOSettings,
