@@ -337,15 +337,18 @@ def press(self: RatingSession,
     self.worked(); self.acted = self.clock()
     return True
 
-# %% ../nbs/30_panel.ipynb #46a32440
+# %% ../nbs/30_panel.ipynb #24937a3f
 _KEYS_JS = """
 function wire(panel, model) {
   panel.tabIndex = 0;
   panel.dataset.lmSuppressShortcuts = "true";
   panel.setAttribute("role", "application");
   panel.setAttribute("aria-label", "Rating panel: letters choose an aspect, digits rate it, x is ten");
-  panel.querySelectorAll(".mhrlhf-aspect").forEach(row => { row.setAttribute("role", "group"); row.setAttribute("aria-label", row.innerText.split("\\n")[0]); });
-  panel.querySelectorAll("img").forEach(img => img.alt = "the image to be rated");
+  const label = () => {   // for screen readers; again when other aspects are asked
+    panel.querySelectorAll(".mhrlhf-aspect").forEach(row => { row.setAttribute("role", "group"); row.setAttribute("aria-label", row.innerText.split("\\n")[0]); });
+    panel.querySelectorAll("img").forEach(img => img.alt = "the image to be rated");
+  };
+  label(); new MutationObserver(label).observe(panel, { childList: true, subtree: true });
   panel.addEventListener("keydown", event => {
     const typing = ["INPUT", "TEXTAREA"].includes(event.target.tagName);
     if (typing) { if (["Enter", "Escape"].includes(event.key)) setTimeout(() => panel.focus()); return; }
