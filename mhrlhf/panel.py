@@ -110,7 +110,7 @@ def calibration_items(
     rows = [(r, tuple(a for a in aspects if pd.notna(r.get(a)))) for r in known.to_dict("records")]
     return [Item(r["prompt_id"], r["image_path"], r["prompt"], asked, "calibration") for r, asked in rows if asked]
 
-# %% ../nbs/30_panel.ipynb #822eece2
+# %% ../nbs/30_panel.ipynb #de96930d
 class RatingSession:
     "What one rater has answered and where they are; no browser needed. Raises `InputError` if there is no rater, aspect or image."
     def __init__(self,
@@ -145,10 +145,17 @@ def _plan(self: RatingSession, items, calibration):
     self.keys = aspect_keys([a.name for a in self.aspects])
     self.items = ([] if calibration is None else calibration_items(calibration, tuple(a.name for a in self.aspects))) + items
     self.known = {} if calibration is None else {(r["image_path"], a): float(r[a]) for r in calibration.to_dict("records") for a in asked if pd.notna(r.get(a))}
-    self.places = {}  # image -> where it is shown
-    for at, item in enumerate(self.items): self.places.setdefault(item.image_path, []).append(at)
 
-# %% ../nbs/30_panel.ipynb #6eb11786
+@patch
+def places(self: RatingSession,
+    paths,  # of images
+) -> dict:  # path -> positions of the items that show it
+    "Where images are shown; those that are not are left out."
+    paths, found = set(paths), {}
+    for at in [at for at, item in enumerate(self.items) if item.image_path in paths] if paths else (): found.setdefault(self.items[at].image_path, []).append(at)
+    return found
+
+# %% ../nbs/30_panel.ipynb #89c39cde
 @patch
 def _load(self: RatingSession):
     self.answers = {}  # (kind, image, aspect) -> rating
@@ -157,12 +164,13 @@ def _load(self: RatingSession):
         self.answers |= {(kind, p, a): v for p, a, v in zip(tidy.image_path, tidy.aspect, tidy.value)}
     remarks = self.store.remarks(rater=self.rater)
     self.remarks = {(p, k): t for p, k, t in zip(remarks.image_path, remarks.kind, remarks.text)}
-    seen = {key[-2] for key in self.answers} | {path for path, _ in self.remarks}
-    self.complete = {at for path in seen for at in self.places.get(path, ()) if self._finished(at)}
+    changes = self.store.last_changes(self.rater)
+    places = self.places({path for _, path, _ in self.answers} | {path for path, _ in self.remarks} | set(changes.image_path))
+    self.complete = {at for there in places.values() for at in there if self._finished(at)}
     none = lambda v: None if pd.isna(v) else v
-    for change in self.store.last_changes(self.rater).to_dict("records"):
+    for change in changes.to_dict("records"):
         kind = change["source"] if change["source"] in ASIDE else "panel"
-        at = next((i for i in self.places.get(change["image_path"], ()) if self.items[i].kind == kind and change["aspect"] in self.items[i].aspects), None)
+        at = next((i for i in places.get(change["image_path"], ()) if self.items[i].kind == kind and change["aspect"] in self.items[i].aspects), None)
         if at is None: continue
         if self.undone and self.undone[-1] == (at, change["aspect"], none(change["value"])): self.undone.pop()
         else: self.undone.append((at, change["aspect"], none(change["before"])))
@@ -292,7 +300,7 @@ def break_due(self: RatingSession) -> bool:
     "Whether half an hour has passed without a pause."
     return self.worked() >= 30
 
-# %% ../nbs/30_panel.ipynb #8bda7f44
+# %% ../nbs/30_panel.ipynb #25d4a5b8
 @patch
 def remark(self: RatingSession,
     kind: str,        # flag, note or skip
@@ -302,7 +310,7 @@ def remark(self: RatingSession,
     key = self.item.image_path, kind
     if text: self.remarks[key] = text
     else: self.remarks.pop(key, None)
-    for at in self.places[self.item.image_path]: (self.complete.add if self._finished(at) else self.complete.discard)(at)
+    for at in self.places([self.item.image_path])[self.item.image_path]: (self.complete.add if self._finished(at) else self.complete.discard)(at)
     self._keep("remark", dict(rater=self.rater, prompt_id=self.item.prompt_id, image_path=self.item.image_path, kind=kind, text=text, source="panel", session=self.session))
 
 @patch
