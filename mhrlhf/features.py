@@ -41,7 +41,7 @@ def pooled(
     product = features.image * features.text
     return torch.cat([features.image, features.text, product, product.sum(1, keepdim=True)], 1)
 
-# %% ../nbs/40_features.ipynb #fd65d291
+# %% ../nbs/40_features.ipynb #102fc49d
 def input_size(backbone) -> tuple:  # height, width
     "The backbone's own image size in pixels."
     size = backbone.model.visual.image_size
@@ -64,17 +64,17 @@ def preprocess(
     if options["resize_mode"] not in ("shortest", "squash"): raise InputError(f"backbone {backbone.name}: resize mode {options['resize_mode']!r} is not supported; use one with shortest or squash")
     if tuple(pixels.shape[-2:]) != size: pixels = _resize(pixels, *size, options["resize_mode"])
     mean, std = (torch.tensor(options[k], device=pixels.device, dtype=pixels.dtype).view(3, 1, 1) for k in ("mean", "std"))
-    return (pixels - mean) / std
+    return (pixels - mean).div_(std)
 
-# %% ../nbs/40_features.ipynb #a52dadae
+# %% ../nbs/40_features.ipynb #8e254888
 def to_pixels(
     images,  # (n, h, w, 3) uint8, or PIL images of one size
 ) -> torch.Tensor:  # (n, 3, h, w) in [0, 1]
     "Pictures as a float tensor."
     array = images if isinstance(images, np.ndarray) else np.stack([np.asarray(i.convert("RGB")) for i in images])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/40_features.ipynb #9343966f
+# %% ../nbs/40_features.ipynb #3dadf5bc
 GRID = 8             # tokens are pooled to at most GRID x GRID
 LAYERS = (.25, 1.)   # depth of the layers whose tokens are kept, as a fraction
 
@@ -83,10 +83,10 @@ def _see(visual, x):
     from open_clip.transformer import VisionTransformer
     if not isinstance(visual, VisionTransformer): return F.normalize(visual(x), dim=-1), None
     depth = len(visual.transformer.resblocks)
-    out = visual.forward_intermediates(x, indices=[max(round(depth * l) - 1, 0) for l in LAYERS])
-    maps = torch.cat([F.layer_norm(m.movedim(1, -1), m.shape[1:2]).movedim(-1, 1) for m in out["image_intermediates"]], 1)
-    if maps.shape[-1] > GRID or maps.shape[-2] > GRID: maps = F.adaptive_avg_pool2d(maps, GRID)
-    return F.normalize(out["image_features"], dim=-1), maps.flatten(2).transpose(1, 2)
+    out = visual.forward_intermediates(x, indices=[max(round(depth * l) - 1, 0) for l in LAYERS], output_fmt="NLC")
+    tokens = torch.cat([F.layer_norm(m, m.shape[-1:]) for m in out["image_intermediates"]], -1)  # (n, t, p), row by row
+    if max(grid := visual.grid_size) > GRID: tokens = F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(2, tuple(grid)), GRID).flatten(2).transpose(1, 2)
+    return F.normalize(out["image_features"], dim=-1), tokens
 
 # %% ../nbs/40_features.ipynb #b46b690a
 @torch.no_grad()
