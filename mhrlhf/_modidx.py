@@ -375,6 +375,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mhrlhf.panel.RatingSession.feedback': ('panel.html#ratingsession.feedback', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingSession.go': ('panel.html#ratingsession.go', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingSession.item': ('panel.html#ratingsession.item', 'mhrlhf/panel.py'),
+                              'mhrlhf.panel.RatingSession.places': ('panel.html#ratingsession.places', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingSession.press': ('panel.html#ratingsession.press', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingSession.remark': ('panel.html#ratingsession.remark', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingSession.remarked': ('panel.html#ratingsession.remarked', 'mhrlhf/panel.py'),
