@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mhrlhf.reward._ceilings': ('reward.html#_ceilings', 'mhrlhf/reward.py'),
                                'mhrlhf.reward._checksum': ('reward.html#_checksum', 'mhrlhf/reward.py'),
                                'mhrlhf.reward._directions': ('reward.html#_directions', 'mhrlhf/reward.py'),
+                               'mhrlhf.reward._pairs': ('reward.html#_pairs', 'mhrlhf/reward.py'),
                                'mhrlhf.reward._prefer': ('reward.html#_prefer', 'mhrlhf/reward.py'),
                                'mhrlhf.reward._pull_together': ('reward.html#_pull_together', 'mhrlhf/reward.py'),
                                'mhrlhf.reward._read': ('reward.html#_read', 'mhrlhf/reward.py'),

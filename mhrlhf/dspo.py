@@ -9,7 +9,8 @@ __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of'
            'candidates', 'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint',
            'save_adapter', 'soft_minimum', 'TuningBar', 'learn', 'finish', 'work_in_group', 'run']
 
-# %% ../nbs/52_dspo.ipynb #bc4af15a
+# %% ../nbs/52_dspo.ipynb #07e0944e
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -428,13 +429,12 @@ def load_checkpoint(run: Tuning, path):
     run.optimizer.load_state_dict(state)
     run.rollout, run.history, run.base = story["rollout"], story["history"], np.array(story["base"])
 
-# %% ../nbs/52_dspo.ipynb #98a1da7e
+# %% ../nbs/52_dspo.ipynb #b0ccb24b
 def save_adapter(unet, folder):
     "Write the adapter as `pytorch_lora_weights.safetensors`, atomically; returns the path."
     from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER))
+    layers = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     path = Path(folder) / "pytorch_lora_weights.safetensors"
     with atomic_path(path) as p:
         StableDiffusionXLPipeline.save_lora_weights(p.parent, unet_lora_layers=layers, weight_name=p.name, unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict())
@@ -472,11 +472,11 @@ class TuningBar:
     def close(self):
         if self.bar: self.bar.close()
 
-# %% ../nbs/52_dspo.ipynb #c85c9fc3
+# %% ../nbs/52_dspo.ipynb #9976d2fa
 def learn(run: Tuning, folder, show, began=None):
     "Tune with checkpoints, curves and the neglect guard; the pipeline ends with the best adapter. Returns why it stopped."
     from torch.utils.tensorboard import SummaryWriter
-    s, folder, why, first, fallen = run.settings, Path(folder), "all rollouts are done", run.team.rank == 0, []
+    s, folder, why, first, fallen = run.settings, Path(folder), "all rollouts are done", run.team.rank == 0, Counter()
     began = time.time() if began is None else began
     over = lambda: bool(s.minutes) and time.time() - began > 60 * s.minutes
     checkpoint = lambda name: first and save_checkpoint(run, folder / "checkpoints" / name)
@@ -488,8 +488,8 @@ def learn(run: Tuning, folder, show, began=None):
                 show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", distance=state["distance"])); continue
             show(dict(line=_gains_line(run, state["gains"]))); checkpoint("latest.safetensors")
             if soft_minimum(state["gains"].mean) >= best: best = soft_minimum(state["gains"].mean); checkpoint("best.safetensors")
-            before, fallen = fallen, neglected(state["gains"], run.reward.aspects)
-            if again := [n for n in fallen if n in before]: why = f"neglect guard: {', '.join(again)} fell below the start; back to the best checkpoint"; break
+            fallen = Counter({n: fallen[n] + 1 for n in neglected(state["gains"], run.reward.aspects)})
+            if lost := [n for n, times in fallen.items() if times >= s.patience]: why = f"neglect guard: {', '.join(lost)} stayed below the start; back to the best checkpoint"; break
             if s.minutes and time.time() - began > 60 * s.minutes: why = f"the {s.minutes:g} minutes are over"
     history = run.history
     if first: load_checkpoint(run, folder / "checkpoints" / "best.safetensors"); run.history = history

@@ -17,7 +17,7 @@ from .models import load_pipeline
 from .plots import picture_grid, save_figure
 from .settings import InferenceSettings
 
-# %% ../nbs/60_inference.ipynb #b6f79fb9
+# %% ../nbs/60_inference.ipynb #06fa6ae8
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name under which diffusers looks
 
 def load_adapter(
@@ -27,9 +27,12 @@ def load_adapter(
     "Put an adapter on a pipeline. Raises `InputError` if there is none, or if it belongs to another pipeline."
     if not (Path(model)/ADAPTER_FILE).is_file(): raise InputError(
         f"{model}: no tuned model here ({ADAPTER_FILE} is missing); train one with mhrlhf train-dspo, or name its folder with --model")
+    from diffusers.utils import logging
+    level = logging.get_verbosity(); logging.set_verbosity_error()  # it would report that the text encoders, rightly, have no adapter
     try: pipe.load_lora_weights(str(model), weight_name=ADAPTER_FILE)
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as e:
         raise InputError(f"{model}: its adapter does not fit this pipeline ({' '.join(str(e).split())[:150]}); use the profile it was trained with") from None
+    finally: logging.set_verbosity(level)
     return pipe
 
 # %% ../nbs/60_inference.ipynb #3a0fc299

@@ -37,7 +37,7 @@ class SamplingSettings(PipelineSettings):
     guidance_until: float = 1.0   # LOSSY below 1: share of the steps that are guided; 0.6 saves a fifth of the time
     cache_every: int = 1          # LOSSY above 1: the whole UNet only every so many steps (DeepCache); 2 saves a third
 
-# %% ../nbs/01_settings.ipynb #1bde7988
+# %% ../nbs/01_settings.ipynb #c4e97c9c
 @dataclass(frozen=True)
 class GenerateSettings(SamplingSettings):
     "Step 1: images from prompts."
@@ -74,7 +74,7 @@ class AnnotateSettings:
     icc: float = 0.6        # single-rater agreement of the SIMULATED panel, 0-1; sets its noise
     seed: int = 0           # of the simulated panel
 
-# %% ../nbs/01_settings.ipynb #b367b116
+# %% ../nbs/01_settings.ipynb #ba80db21
 @dataclass(frozen=True)
 class TrainRewardSettings:
     "Step 4: five reward heads on a frozen OpenCLIP."
@@ -84,8 +84,7 @@ class TrainRewardSettings:
     device: str = "auto"          # auto: cuda where there is one, else cpu
     output: Path = Path("outputs/multihead_reward_model")  # folder written
     cache: Path = Path("outputs/features")                 # features, kept by content
-    opposites: str = ("left edge/right edge, left third/centred, right third/centred, high up/low down, tiny/huge, small/large, "
-                      "sharp/very blurry, clean/very noisy, colourful/grey, smooth/strong texture, no shadow/strong shadow")  # pairs of phrases between which an image is read
+    opposites: str = "auto"       # pairs of phrases between which an image is read, such as sharp/very blurry, tiny/huge; auto: those of notebook 41; or none
     hidden: int = 64              # width of a head's hidden layer; 0: linear heads
     dropout: float = 0.1          # probability
     lr: float = 1e-3              # AdamW learning rate
@@ -98,7 +97,7 @@ class TrainRewardSettings:
     soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #ebea27ee
+# %% ../nbs/01_settings.ipynb #ed5715e8
 @dataclass(frozen=True)
 class ScoreSettings:
     "Rate images with the reward heads."
@@ -122,7 +121,7 @@ class TrainDSPOSettings(SamplingSettings):
     rank: int = 8                 # of the adapter
     lr: float = 5e-4              # AdamW learning rate of the adapter
     beta: float = 2000.0          # scale of the implicit preference u (pair objectives)
-    strength: float = 0.06        # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
+    strength: float = 0.1         # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
     climb: int = 3                # dspo-score: steps uphill from a candidate, the mean of which is the direction
     distance: float = 30.0        # weight of the squared distance to the reference (pair objectives)
     candidates: int = 4           # K images per prompt
@@ -133,7 +132,8 @@ class TrainDSPOSettings(SamplingSettings):
     max_timestep: int = 900       # largest timestep trained on, of 1000
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
-    temperature: float = 0.3      # of the dynamic aspect weights, in standard deviations of gain
+    patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
+    temperature: float = 0.15     # of the dynamic aspect weights, in standard deviations of gain
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
@@ -168,7 +168,7 @@ class MonitorSettings:
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../nbs/01_settings.ipynb #4873edfb
+# %% ../nbs/01_settings.ipynb #8215f954
 @dataclass(frozen=True)
 class TestPipelineSettings:
     "The whole method on the pocket in ten minutes."
@@ -176,7 +176,7 @@ class TestPipelineSettings:
     prompts: int = 480        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
-    minutes: float = 3.5      # of tuning
+    minutes: float = 4.0      # of tuning
     processes: int = 2        # workers that generate and tune
     fresh: bool = False       # start over instead of continuing
 

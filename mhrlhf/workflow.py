@@ -16,7 +16,7 @@ from .aspects import NAMES
 from .files import InputError, read_json, write_json
 from .settings import MODULES, TestPipelineSettings, load_settings
 
-# %% ../nbs/80_workflow.ipynb #db173954
+# %% ../nbs/80_workflow.ipynb #085e2a79
 def stage_settings(
     s: TestPipelineSettings,
     path="settings.ini",  # the file with the profile `pocket`
@@ -28,12 +28,12 @@ def stage_settings(
         "generate": load("generate", images=root / "images", metadata=root / "generated.csv", limit=s.prompts, processes=s.processes),
         "annotate": load("annotate", metadata=root / "generated.csv", annotations=root / "multihead_ratings.csv", database=database, simulate=s.raters),
         "train-reward": load("train-reward", database=database, metadata=root / "generated.csv", output=root / "multihead_reward_model", cache=root / "features"),
-        "train-dspo": load("train-dspo", reward_model=root / "multihead_reward_model", output=root / "dspo_model", minutes=s.minutes),
+        "train-dspo": load("train-dspo", reward_model=root / "multihead_reward_model", output=root / "dspo_model", minutes=s.minutes, processes=s.processes),
         "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", output=root / "evaluation", limit=s.heldout),
     }
 
-# %% ../nbs/80_workflow.ipynb #58b16b5f
-SHARES = {"generate": 45, "annotate": 12, "train-reward": 40, "train-dspo": 250, "evaluate": 40}  # seconds on two cores
+# %% ../nbs/80_workflow.ipynb #74a8f3ff
+SHARES = {"generate": 150, "annotate": 15, "train-reward": 45, "train-dspo": 230, "evaluate": 45}  # seconds on two cores
 
 def _minutes(seconds): return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
