@@ -17,7 +17,7 @@ from mhrlhf.reward import RewardModel, rated_images, read_choices, run, save_mod
 from mhrlhf.score import run as run_score
 from mhrlhf.settings import ScoreSettings, TrainRewardSettings
 
-SETTINGS = TrainRewardSettings(hidden=8, epochs=6, patience=3)
+SETTINGS = TrainRewardSettings(hidden=8, epochs=6, patience=3, opposites="")  # made-up features know no phrases
 BACKBONE = SimpleNamespace(name="made-up", identity="made-up-1", device=torch.device("cpu"))
 
 def world(images=160, noise=1., seed=0):
@@ -116,6 +116,10 @@ def test_too_few_and_constant_ratings_cost_only_their_own_head():
 def test_no_head_left_is_a_fault():
     _, metadata, tidy = world()
     with pytest.raises(InputError, match="no aspect has enough ratings(.|\n)*spatial: 4 rated images"): rated_images(tidy[tidy.image_path.isin(sorted(set(tidy.image_path))[:4])], metadata)
+
+def test_opposites_that_are_no_pairs_are_refused():
+    features, metadata, tidy = world()
+    with pytest.raises(InputError, match="opposites = tiny/huge, sharp: write pairs"): learned(features, metadata, tidy, replace(SETTINGS, opposites="tiny/huge, sharp"))
 
 def test_images_that_nobody_knows_are_named():
     _, metadata, tidy = world()
