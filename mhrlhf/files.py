@@ -83,8 +83,9 @@ def _text(path):
         line = Path(path).read_bytes()[:e.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
-# %% ../nbs/00_files.ipynb #2f07fef9
+# %% ../nbs/00_files.ipynb #bd1d38a6
 _COMMENT = re.compile(r'\s*(^|[,;\s])#(?![0-9A-Fa-f]{6}\b)[^",;]*$')
+_TEXTS = ("prompt", "note")  # columns that are never cut at a #
 
 def read_table(
     path,                # CSV file
@@ -112,8 +113,9 @@ def read_table(
 def _row(path, line, names, cells):
     cells = [c.strip() for c in cells]
     if not any(cells) or cells[0].startswith("#"): return None
-    if len(cells) > len(names) and (cells[len(names)].startswith("#") or re.search(r"(^|\s)#\s", cells[len(names) - 1])): cells = cells[:len(names)]
-    if cells and "#" in cells[-1]: cells[-1] = _COMMENT.sub("", cells[-1])
+    mark = r"^#\s" if names[-1] in _TEXTS else r"(^|\s)#\s"  # in a text, what follows # may be meant
+    if len(cells) > len(names) and (cells[len(names)].startswith("#") or re.search(mark, cells[len(names) - 1])): cells = cells[:len(names)]
+    if len(cells) < len(names) or names[-1] not in _TEXTS or re.match(mark, cells[-1]): cells[-1] = _COMMENT.sub("", cells[-1])
     if len(cells) > len(names) and any(cells[len(names):]): raise InputError(f"{path}:{line}: {len(cells)} cells where the header has {len(names)}; quote text that holds commas")
     return Row(str(path), line, dict(zip(names, cells + [""] * (len(names) - len(cells)))))
 
