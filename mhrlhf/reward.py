@@ -639,7 +639,7 @@ def rated_images(
     return Rated(list(ratings.index), list(rows.prompt), list(rows.prompt_id), list(rows.get("genre", pd.Series("", rows.index)).fillna("")),
                  ratings, rating_weights(tidy, ratings), overall.reindex(ratings.index), left_out)
 
-# %% ../nbs/41_reward.ipynb #6e60f5fe
+# %% ../nbs/41_reward.ipynb #3475083e
 @dataclass
 class Trained:
     "A model and what is known about it."
@@ -653,6 +653,7 @@ class Trained:
 
     def _repr_html_(self): return show_report(self.report).to_html()
 
+# %% ../nbs/41_reward.ipynb #8c3d8cf7
 def _pairs(text):
     if text in ("", "none"): return []
     pairs = [tuple(w.strip() for w in p.split("/")) for p in (OPPOSITES if text == "auto" else text).split(",")]
