@@ -157,7 +157,7 @@ def score_latents(pipe, reward, latents, prompts, batch=16):  # -> (n, aspects)
     "What the heads say of decoded latents, clamped to what a picture can hold."
     return torch.cat([reward.forward_pixels(decode(pipe, latents[i:i + batch]).clamp(0, 1), prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
 
-# %% ../nbs/52_dspo.ipynb #cb507f4d
+# %% ../nbs/52_dspo.ipynb #60eed84e
 def pixel_gradients(
     reward, pixels: Tensor,  # (n, 3, H, W)
     prompts: list,
@@ -192,6 +192,7 @@ def uphill(
     size = total.pow(2).mean((1, 2, 3), keepdim=True).sqrt() if normalise else 1.
     return unit_rms(carried) * size if normalise else carried
 
+# %% ../nbs/52_dspo.ipynb #57c2c28c
 def climb(
     pipe, reward,
     latents: Tensor,  # (n, c, h, w)
@@ -495,7 +496,7 @@ def learn(run: Tuning, folder, show, began=None):
     if first: load_checkpoint(run, folder / "checkpoints" / "best.safetensors"); run.history = history
     return why
 
-# %% ../nbs/52_dspo.ipynb #cc76588b
+# %% ../nbs/52_dspo.ipynb #6f0f4a30
 def _resume(run: Tuning, folder, mark, fresh):
     "Go on from the latest checkpoint if it is of the same settings; else begin."
     latest, note = folder / "checkpoints" / "latest.safetensors", folder / "checkpoints" / "run.json"
@@ -516,6 +517,7 @@ def finish(run: Tuning, folder, why) -> list:
     files += [folder / "dspo.json", save_figure(history_curves(table, list(run.reward.aspects), "rollout", "gain by the heads (sd of the base)"), folder / "gains.png")]
     return files
 
+# %% ../nbs/52_dspo.ipynb #b0d7cf98
 def work_in_group(settings: TrainDSPOSettings, show):
     "Tune as one of the processes that accelerate started, or alone; process 0 writes and speaks."
     began, (rank, world, _) = time.time(), join_group()

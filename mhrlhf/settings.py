@@ -97,7 +97,7 @@ class TrainRewardSettings:
     soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #ed5715e8
+# %% ../nbs/01_settings.ipynb #e1dd9c97
 @dataclass(frozen=True)
 class ScoreSettings:
     "Rate images with the reward heads."
@@ -121,19 +121,19 @@ class TrainDSPOSettings(SamplingSettings):
     rank: int = 8                 # of the adapter
     lr: float = 5e-4              # AdamW learning rate of the adapter
     beta: float = 2000.0          # scale of the implicit preference u (pair objectives)
-    strength: float = 0.1         # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
+    strength: float = 0.06        # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
     climb: int = 3                # dspo-score: steps uphill from a candidate, the mean of which is the direction
     distance: float = 30.0        # weight of the squared distance to the reference (pair objectives)
     candidates: int = 4           # K images per prompt
     prompts_per_rollout: int = 16  # prompts sampled at a time
     prompts_per_update: int = 4   # prompts of a rollout in one optimizer step, K images each
     rollouts: int = 20            # how often candidates are sampled afresh
-    updates: int = 16             # optimizer steps per rollout
-    max_timestep: int = 900       # largest timestep trained on, of 1000
+    updates: int = 12             # optimizer steps per rollout
+    max_timestep: int = 810       # largest timestep trained on, of 1000; earlier ones bring more noise than direction
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
     patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    temperature: float = 0.15     # of the dynamic aspect weights, in standard deviations of gain
+    temperature: float = 0.3      # of the dynamic aspect weights, in standard deviations of gain
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done

@@ -32,8 +32,8 @@ def stage_settings(
         "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", output=root / "evaluation", limit=s.heldout),
     }
 
-# %% ../nbs/80_workflow.ipynb #74a8f3ff
-SHARES = {"generate": 150, "annotate": 15, "train-reward": 45, "train-dspo": 230, "evaluate": 45}  # seconds on two cores
+# %% ../nbs/80_workflow.ipynb #7d69187b
+SHARES = {"generate": 140, "annotate": 10, "train-reward": 25, "train-dspo": 265, "evaluate": 45}  # seconds on two cores
 
 def _minutes(seconds): return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
