@@ -97,7 +97,7 @@ class TrainRewardSettings:
     soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #e1dd9c97
+# %% ../nbs/01_settings.ipynb #59975940
 @dataclass(frozen=True)
 class ScoreSettings:
     "Rate images with the reward heads."
@@ -133,7 +133,7 @@ class TrainDSPOSettings(SamplingSettings):
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
     patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    temperature: float = 0.3      # of the dynamic aspect weights, in standard deviations of gain
+    temperature: float = 1.0      # of the dynamic aspect weights, in standard deviations of gain; below .3 the weights swing and undo what was gained
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
