@@ -17,12 +17,13 @@ def test_fast_recipe_builds_a_pocket_that_loads_and_samples(tmp_path):
 
 
 def test_same_recipe_same_weights(tmp_path):
+    from mhrlhf.models import load_pipeline
     from mhrlhf.pocket.train import RECIPES, train_judge
     torch.set_num_threads(1)
-    r = replace(RECIPES["fast"], judge_steps=3)
-    one, two = (train_judge(r, tmp_path / "log").state_dict() for _ in range(2))
+    r, pipe = replace(RECIPES["fast"], judge_steps=3, bank=32), load_pipeline("pocket")
+    one, two = (train_judge(r, pipe, tmp_path / "log").state_dict() for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)
-    other = train_judge(replace(r, seed=1), tmp_path / "log").state_dict()
+    other = train_judge(replace(r, seed=1), pipe, tmp_path / "log").state_dict()
     assert any(not torch.equal(one[k], other[k]) for k in one)
 
 
