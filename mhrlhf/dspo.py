@@ -9,7 +9,7 @@ __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of'
            'candidates', 'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint',
            'save_adapter', 'soft_minimum', 'TuningBar', 'learn', 'finish', 'work_in_group', 'run']
 
-# %% ../nbs/52_dspo.ipynb #07e0944e
+# %% ../nbs/52_dspo.ipynb #f9faca56
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ from .aspects import NAMES
 from .balance import Gains, combine, dynamic_weights, head_gradients, neglected, paired_gains, pair_weights, standardise_groups, unit_rms
 from .files import InputError, atomic_path, fingerprint, read_json, write_json
 from .generate import image_seed, join_group, launch, one_thread, plain_faults, read_prompts
-from .models import load_pipeline
+from .models import fast_math, load_pipeline
 from .objectives import PAIR_OBJECTIVES, Predictions, clean_latent, dspo_score
 from .reward import RewardModel
 from .settings import TrainDSPOSettings
@@ -157,7 +157,7 @@ def score_latents(pipe, reward, latents, prompts, batch=16):  # -> (n, aspects)
     "What the heads say of decoded latents, clamped to what a picture can hold."
     return torch.cat([reward.forward_pixels(decode(pipe, latents[i:i + batch]).clamp(0, 1), prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
 
-# %% ../nbs/52_dspo.ipynb #60eed84e
+# %% ../nbs/52_dspo.ipynb #79b99045
 def pixel_gradients(
     reward, pixels: Tensor,  # (n, 3, H, W)
     prompts: list,
@@ -166,7 +166,7 @@ def pixel_gradients(
     "The gradient of every head with respect to the pixels, averaged over shifts."
     leaf, total, scores = pixels.detach().requires_grad_(), 0, 0
     for shift in shifts:
-        s = reward.forward_pixels(torch.roll(leaf, shift, (2, 3)).clamp(0, 1), prompts)
+        with fast_math(leaf.device): s = reward.forward_pixels(torch.roll(leaf, shift, (2, 3)).clamp(0, 1), prompts)
         total = total + torch.stack([torch.autograd.grad(s[:, h].sum(), leaf, retain_graph=True)[0] for h in range(s.shape[1])])
         scores = scores + s.detach() / len(shifts)
     return total / len(shifts), scores
@@ -182,7 +182,7 @@ def uphill(
 ) -> Tensor:            # (n, c, h, w)
     "Σ_h α_h ĝ_h, carried back to the latent; its size says how far the heads agree."
     clean = clean.detach().requires_grad_()
-    with torch.enable_grad(): pixels = decode(pipe, clean)
+    with torch.enable_grad(), fast_math(clean.device): pixels = decode(pipe, clean)
     gradients, scores = pixel_gradients(reward, pixels, prompts, shifts)
     mean, deviation = usual
     doubt = 1 - ((scores - mean) / deviation).sigmoid().T.view(len(weights), -1, 1, 1, 1)
@@ -206,7 +206,7 @@ def climb(
     for _ in range(steps): here = here + .06 * uphill(pipe, reward, here, prompts, weights, usual, normalise, shifts)
     return (here - latents) / .06 / steps
 
-# %% ../nbs/52_dspo.ipynb #79f2ac7e
+# %% ../nbs/52_dspo.ipynb #2b1a304c
 def predict(
     pipe,
     latents: Tensor,    # (prompts, K, c, h, w)
@@ -222,8 +222,9 @@ def predict(
     each = text[torch.arange(len(timestep)).repeat_interleave(k)]
     inputs = (noisy.flatten(0, 1).to(pipe.unet.dtype), timestep.repeat_interleave(k), each.embeds)
     extra = conditions(pipe, each, size)
-    with torch.no_grad(), reference_of(pipe.unet): reference = pipe.unet(*inputs, added_cond_kwargs=extra).sample
-    policy = pipe.unet(*inputs, added_cond_kwargs=extra).sample
+    with fast_math(pipe.device):
+        with torch.no_grad(), reference_of(pipe.unet): reference = pipe.unet(*inputs, added_cond_kwargs=extra).sample
+        policy = pipe.unet(*inputs, added_cond_kwargs=extra).sample
     shaped = lambda x: x.float().unflatten(0, (-1, k))
     return Predictions(shaped(policy), shaped(reference), noise.expand_as(latents).float())
 
@@ -234,7 +235,7 @@ def pair_loss(p: Predictions, rollout_scores, weights, settings: TrainDSPOSettin
     wish = combine(gradients, weights, normalise=settings.balance != "sum")
     return (p.policy * wish.detach()).mean() + settings.distance * p.distance.pow(2).mean()
 
-# %% ../nbs/52_dspo.ipynb #f03372f2
+# %% ../nbs/52_dspo.ipynb #8ad85af5
 def guided(
     pipe,
     noisy: Tensor,     # (n, c, h, w)
@@ -244,9 +245,10 @@ def guided(
     scale: float,      # of the guidance; 1 or less: none
 ) -> Tensor:           # (n, c, h, w)
     "The noise prediction that the sampler uses."
-    if scale <= 1: return pipe.unet(noisy, timestep, text.embeds, added_cond_kwargs=conditions(pipe, text, size)).sample.float()
-    both = text.with_empty()
-    empty, asked = pipe.unet(torch.cat([noisy, noisy]), timestep.repeat(2), both.embeds, added_cond_kwargs=conditions(pipe, both, size)).sample.float().chunk(2)
+    def ask(noisy, timestep, text): return pipe.unet(noisy, timestep, text.embeds, added_cond_kwargs=conditions(pipe, text, size)).sample.float()
+    with fast_math(pipe.device):
+        if scale <= 1: return ask(noisy, timestep, text)
+        empty, asked = ask(torch.cat([noisy, noisy]), timestep.repeat(2), text.with_empty()).chunk(2)
     return empty + scale * (asked - empty)
 
 @contextmanager

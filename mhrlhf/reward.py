@@ -459,7 +459,7 @@ def combination_weights(
     reliable = report.plcc.clip(lower=.05)
     return table((reliable / reliable.sum()).values), "from reliability: in proportion to each head's held-out correlation (there are too few overall ratings or choices to learn from)"
 
-# %% ../nbs/41_reward.ipynb #98df65f0
+# %% ../nbs/41_reward.ipynb #f5a78fba
 class RewardModel(nn.Module):
     "Images and prompts to ratings: projection, heads and the composite's weights on a frozen backbone."
     def __init__(self, backbone, projection: Projection, heads: Heads, info: dict):
@@ -479,7 +479,8 @@ class RewardModel(nn.Module):
 @patch
 def members(self: RewardModel, features: Features) -> torch.Tensor:  # (E, n, A), in rating units
     "Every member's ratings."
-    return self.heads(self.projection(features)).transpose(1, 2) * self.rating_std + self.rating_mean
+    with torch.autocast(self.mean.device.type, enabled=False):  # kernels need float32, whatever arithmetic surrounds them
+        return self.heads(self.projection(features.to(self.mean.dtype))).transpose(1, 2) * self.rating_std + self.rating_mean
 
 @patch
 def composite(self: RewardModel, ratings: torch.Tensor) -> torch.Tensor:  # (..., A) -> (...)
@@ -494,11 +495,12 @@ def _apply(self: RewardModel, change, recurse=True):
     if isinstance(getattr(self.backbone, "model", None), nn.Module): self.backbone.model._apply(change)
     return self
 
-# %% ../nbs/41_reward.ipynb #0fb213e4
+# %% ../nbs/41_reward.ipynb #3ab5fbbe
 @patch
 def _encode(self: RewardModel, prompts):
     "Text embeddings, each text encoded once in the model's life."
-    if new := sorted(set(prompts) - set(self._texts)): self._texts.update(zip(new, encode_prompts(self.backbone, new)))
+    if new := sorted(set(prompts) - set(self._texts)):
+        with torch.autocast(self.mean.device.type, enabled=False): self._texts.update(zip(new, encode_prompts(self.backbone, new)))
     return torch.stack([self._texts[p] for p in prompts])
 
 @patch

@@ -97,7 +97,7 @@ class TrainRewardSettings:
     soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #59975940
+# %% ../nbs/01_settings.ipynb #bfba4d67
 @dataclass(frozen=True)
 class ScoreSettings:
     "Rate images with the reward heads."
@@ -133,13 +133,13 @@ class TrainDSPOSettings(SamplingSettings):
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
     patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    temperature: float = 1.0      # of the dynamic aspect weights, in standard deviations of gain; below .3 the weights swing and undo what was gained
+    temperature: float = 1.0      # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
     seed: int = 0                 # of prompts, noise and timesteps
 
-# %% ../nbs/01_settings.ipynb #605f86fb
+# %% ../nbs/01_settings.ipynb #a9209c95
 @dataclass(frozen=True)
 class EvaluateSettings(SamplingSettings):
     "Base and tuned on the same held-out prompts and seeds."
@@ -150,6 +150,7 @@ class EvaluateSettings(SamplingSettings):
     output: Path = Path("outputs/evaluation")                    # folder written
     seeds: int = 1                                               # images per prompt
     limit: int = 0                                               # use only the first prompts; 0: all
+    processes: int = 1                                           # that share the sampling; one per GPU
 
 @dataclass(frozen=True)
 class InferenceSettings(SamplingSettings):
@@ -168,7 +169,7 @@ class MonitorSettings:
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../nbs/01_settings.ipynb #8215f954
+# %% ../nbs/01_settings.ipynb #dfc18c73
 @dataclass(frozen=True)
 class TestPipelineSettings:
     "The whole method on the pocket in ten minutes."
@@ -177,7 +178,7 @@ class TestPipelineSettings:
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
     minutes: float = 4.0      # of tuning
-    processes: int = 2        # workers that generate and tune
+    processes: int = 2        # that generate, tune and evaluate
     fresh: bool = False       # start over instead of continuing
 
 STAGES = {"generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings, "score": ScoreSettings, "train-dspo": TrainDSPOSettings,

@@ -16,7 +16,7 @@ from .aspects import NAMES
 from .files import InputError, read_json, write_json
 from .settings import MODULES, TestPipelineSettings, load_settings
 
-# %% ../nbs/80_workflow.ipynb #085e2a79
+# %% ../nbs/80_workflow.ipynb #b7b4db10
 def stage_settings(
     s: TestPipelineSettings,
     path="settings.ini",  # the file with the profile `pocket`
@@ -29,7 +29,7 @@ def stage_settings(
         "annotate": load("annotate", metadata=root / "generated.csv", annotations=root / "multihead_ratings.csv", database=database, simulate=s.raters),
         "train-reward": load("train-reward", database=database, metadata=root / "generated.csv", output=root / "multihead_reward_model", cache=root / "features"),
         "train-dspo": load("train-dspo", reward_model=root / "multihead_reward_model", output=root / "dspo_model", minutes=s.minutes, processes=s.processes),
-        "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", output=root / "evaluation", limit=s.heldout),
+        "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", output=root / "evaluation", limit=s.heldout, processes=s.processes),
     }
 
 # %% ../nbs/80_workflow.ipynb #7d69187b
