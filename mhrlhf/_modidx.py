@@ -559,6 +559,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mhrlhf.ratings.read_ratings_csv': ('ratings.html#read_ratings_csv', 'mhrlhf/ratings.py'),
                                 'mhrlhf.ratings.read_remarks_csv': ('ratings.html#read_remarks_csv', 'mhrlhf/ratings.py'),
                                 'mhrlhf.ratings.rubric_version': ('ratings.html#rubric_version', 'mhrlhf/ratings.py'),
+                                'mhrlhf.ratings.shown_url': ('ratings.html#shown_url', 'mhrlhf/ratings.py'),
                                 'mhrlhf.ratings.simulated_panel': ('ratings.html#simulated_panel', 'mhrlhf/ratings.py'),
                                 'mhrlhf.ratings.simulated_raters': ('ratings.html#simulated_raters', 'mhrlhf/ratings.py'),
                                 'mhrlhf.ratings.write_assignment': ('ratings.html#write_assignment', 'mhrlhf/ratings.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['judged_truth', 'noise_for', 'read_uncertainty', 'assignment_path', 'run']
 
-# %% ../nbs/37_annotate.ipynb #17a2b37d
+# %% ../nbs/37_annotate.ipynb #836fcc9c
 from pathlib import Path
 import sys
 
@@ -18,10 +18,10 @@ from .assignment import assign, assign_next, parse_raters, progress, what_to_rat
 from .files import InputError, read_table
 from .generate import read_metadata
 from .raters import panel_report
-from .ratings import SIMULATED, RatingStore, completeness, import_sheet, read_assignment, simulated_panel, simulated_raters, write_assignment, write_template
+from .ratings import SIMULATED, RatingStore, completeness, import_sheet, read_assignment, shown_url, simulated_panel, simulated_raters, write_assignment, write_template
 from .settings import AnnotateSettings
 
-# %% ../nbs/37_annotate.ipynb #490af229
+# %% ../nbs/37_annotate.ipynb #cda15abc
 def _open_pocket_image(path):
     from PIL import Image
     try:
@@ -54,7 +54,7 @@ def noise_for(
 
 def _simulate(store, images, settings):
     there = store.ratings()
-    if len(there) and not there.rater.str.startswith(SIMULATED).all(): raise InputError(f"{settings.database} holds ratings of people; they are never mixed with a simulated panel: name another file with --database")
+    if len(there) and not there.rater.str.startswith(SIMULATED).all(): raise InputError(f"{shown_url(settings.database)} holds ratings of people; they are never mixed with a simulated panel: name another file with --database")
     truth = judged_truth(images)
     raters = simulated_raters(truth.columns, settings.simulate, np.tile(noise_for(truth, settings.icc), settings.simulate), seed=settings.seed)
     panel = simulated_panel(truth, raters, seed=settings.seed, prompt_ids=dict(zip(images.image_path, images.prompt_id)))
@@ -98,7 +98,7 @@ def _assign(store, images, settings):
         before = table
     if before is not None and len(before): print(progress(before, tidy))
 
-# %% ../nbs/37_annotate.ipynb #aada268d
+# %% ../nbs/37_annotate.ipynb #12e83167
 def _sheet(settings, images, store):
     "Write or read the sheet; returns its faults."
     existed = settings.annotations.exists()
@@ -117,7 +117,7 @@ def run(
     if settings.simulate: _simulate(store, images, settings)
     _assign(store, images, settings)
     tidy = store.ratings()
-    print(f"\n{tidy.rater.nunique()} raters, {len(tidy):,} ratings in {settings.database}\n{completeness(tidy, len(images)).round(1)}\n")
+    print(f"\n{tidy.rater.nunique()} raters, {len(tidy):,} ratings in {shown_url(settings.database)}\n{completeness(tidy, len(images)).round(1)}\n")
     if len(tidy): print(agreement(tidy))
     if settings.report: panel_report(tidy, store.repeats()).save(settings.report); print(f"{settings.report}: the raters, the aspects and the disputed images, with pictures")
     for fault in faults: print(fault, file=sys.stderr)

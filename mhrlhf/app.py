@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['visitor_name', 'PanelApp', 'page_notebook', 'serve_command', 'serve']
 
-# %% ../nbs/36_app.ipynb #5ee4ce64
+# %% ../nbs/36_app.ipynb #11206bab
 from pathlib import Path
 from urllib.parse import parse_qs
 import json, os, subprocess, sys, tempfile
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .files import InputError
 from .generate import read_metadata
 from .panel import RatingPanel
-from .ratings import RatingStore, read_assignment
+from .ratings import RatingStore, read_assignment, shown_url
 
 # %% ../nbs/36_app.ipynb #0622e1b7
 def visitor_name(
@@ -89,7 +89,7 @@ def serve_command(
                "--MappingKernelManager.cull_interval=60", "--MappingKernelManager.cull_idle_timeout=900"]
     return command, f"http://{host}:{port}/" + (f"?token={token}" if token else "")
 
-# %% ../nbs/36_app.ipynb #d952e10b
+# %% ../nbs/36_app.ipynb #620c55a5
 def serve(
     images,              # metadata CSV
     database: str,       # SQLAlchemy URL
@@ -107,5 +107,5 @@ def serve(
         notebook = Path(folder)/"rating.ipynb"
         notebook.write_text(json.dumps(page_notebook(images, database, assignment, **options)))
         command, link = serve_command(notebook, host, port)
-        print(f"the rating panel: {link} (Ctrl-C ends it; everything is stored in {database})", flush=True)
+        print(f"the rating panel: {link} (Ctrl-C ends it; everything is stored in {shown_url(database)})", flush=True)
         return subprocess.run(command).returncode

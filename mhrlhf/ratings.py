@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIDY', 'OVERALL', 'RATINGS', 'REMARKS', 'ASIDE', 'REMARK_KINDS', 'SHEET_COLUMNS', 'ASSIGNED', 'SIMULATED', 'ENOUGH',
-           'parse_rating', 'rubric_version', 'RatingStore', 'write_template', 'read_ratings_csv', 'read_remarks_csv',
-           'import_sheet', 'write_ratings_csv', 'write_assignment', 'read_assignment', 'aspect_order', 'mean_ratings',
-           'is_simulated', 'simulated_raters', 'simulated_panel', 'completeness']
+           'parse_rating', 'rubric_version', 'shown_url', 'RatingStore', 'write_template', 'read_ratings_csv',
+           'read_remarks_csv', 'import_sheet', 'write_ratings_csv', 'write_assignment', 'read_assignment',
+           'aspect_order', 'mean_ratings', 'is_simulated', 'simulated_raters', 'simulated_panel', 'completeness']
 
 # %% ../nbs/20_ratings.ipynb #79f34e38
 from dataclasses import asdict
@@ -54,7 +54,14 @@ def rubric_version() -> str:
     "A fingerprint of the aspects and rubrics that raters see; it is kept with every rating."
     return fingerprint([asdict(a) for a in ASPECTS])
 
-# %% ../nbs/20_ratings.ipynb #9e3ce9de
+# %% ../nbs/20_ratings.ipynb #b49a27c5
+def shown_url(
+    url,    # SQLAlchemy URL, perhaps a faulty one
+) -> str:
+    "A database URL without its password, to be printed."
+    return re.sub(r":(?!//).*@", ":***@", re.sub(r"(password=)[^&]*", r"\1***", str(url)))
+
+# %% ../nbs/20_ratings.ipynb #7d8750ad
 def _tune_sqlite(patience):
     def tune(connection, _):
         cursor = connection.cursor()
@@ -63,12 +70,13 @@ def _tune_sqlite(patience):
     return tune
 
 def _engine(url, patience):
+    safe = shown_url(url)
     try:
         url = sql.make_url(url)
         if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"): Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = sql.create_engine(url, pool_pre_ping=True)
-    except sql.exc.ArgumentError: raise InputError(f"database {url!r}: not a database URL; use one such as sqlite:///data/annotations/ratings.db") from None
-    except ImportError as e: raise InputError(f"database {url!r}: its driver is missing ({e}); install it, for PostgreSQL with pip install 'psycopg[binary]' and postgresql+psycopg:// in the URL") from None
+    except (sql.exc.ArgumentError, ValueError): raise InputError(f"database {safe!r}: not a database URL; use one such as sqlite:///data/annotations/ratings.db") from None
+    except ImportError as e: raise InputError(f"database {safe!r}: its driver is missing ({e}); install it, for PostgreSQL with pip install 'psycopg[binary]' and postgresql+psycopg:// in the URL") from None
     if url.get_backend_name() == "sqlite": sql.event.listen(engine, "connect", _tune_sqlite(patience))
     return engine
 
@@ -91,9 +99,9 @@ class RatingStore:
     ):
         self.engine = _engine(url, patience)
         try: _create(self.engine)
-        except sql.exc.SQLAlchemyError as e: raise InputError(f"database {self.engine.url!r} cannot be opened ({getattr(e, 'orig', e)}); check that the server runs, or that the file is a SQLite database in a folder you may write to") from None
+        except sql.exc.SQLAlchemyError as e: raise InputError(f"database {shown_url(url)} cannot be opened ({getattr(e, 'orig', e)}); check that the server runs, or that the file is a SQLite database in a folder you may write to") from None
 
-    def __repr__(self): return f"RatingStore({self.engine.url!r})"
+    def __repr__(self): return f"RatingStore({shown_url(self.engine.url)})"
 
 # %% ../nbs/20_ratings.ipynb #5e2b64d6
 def _check(rows, aspects):

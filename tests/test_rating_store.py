@@ -5,8 +5,11 @@ import importlib.util, os, random, shutil, signal, socket, subprocess, sys, temp
 import pandas as pd
 import pytest
 
+from mhrlhf import annotate, app
+from mhrlhf.files import InputError
 from mhrlhf.panel import RatingSession
 from mhrlhf.ratings import RatingStore
+from mhrlhf.settings import AnnotateSettings
 
 WRITER = """
 import sys
@@ -114,3 +117,18 @@ def test_answers_wait_while_the_server_is_away(postgres):
     finally: postgres.start()
     assert ann.retry() and ann.message == "saved"
     assert RatingStore(postgres.url).ratings().value.tolist() == [7, 8, 6]
+
+def test_no_message_shows_the_password(postgres, tmp_path, monkeypatch, capsys):
+    "Of a server's URL; this one trusts everybody, with any password."
+    url = postgres.url.replace("rater@", "rater:s3cret@")
+    (tmp_path / "generated.csv").write_text("prompt_id,image_path,prompt\np0,p0/0.png,a fox\n")
+    monkeypatch.setattr(app.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))   # no page is served
+    settings = AnnotateSettings(metadata=tmp_path / "generated.csv", annotations=tmp_path / "sheet.csv", database=url, serve=True)
+    assert annotate.run(settings) == 0
+    RatingStore(url).add([dict(rater="ann", prompt_id="p0", image_path="p0/0.png", aspect="style", value=7)])
+    with pytest.raises(InputError) as mixed: annotate.run(AnnotateSettings(**vars(settings) | dict(simulate=2)))
+    said = capsys.readouterr().out + str(mixed.value) + repr(RatingStore(url))
+    assert "s3cret" not in said and said.count("rater:***@127.0.0.1") == 4
+    for wrong in (url.replace("://", ":"), url.replace(str(postgres.port), "port"), url.replace("psycopg", "nothing"), url.replace(str(postgres.port), "1")):
+        with pytest.raises(InputError) as refused: RatingStore(wrong)
+        assert "s3cret" not in str(refused.value) and ":***@127.0.0.1" in str(refused.value)
