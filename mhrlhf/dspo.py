@@ -9,10 +9,10 @@ __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of'
            'candidates', 'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint',
            'save_adapter', 'soft_minimum', 'TuningBar', 'learn', 'finish', 'work_in_group', 'run']
 
-# %% ../nbs/52_dspo.ipynb #f9faca56
+# %% ../nbs/52_dspo.ipynb #86890783
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import json, math, os, time
 
@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .aspects import NAMES
-from .balance import Gains, combine, dynamic_weights, head_gradients, neglected, paired_gains, pair_weights, standardise_groups, unit_rms
+from .balance import Gains, combine, dynamic_weights, equal_heads, guard_winner, head_gradients, neglected, paired_gains, pair_weights, standardise_groups, unit_rms
 from .files import InputError, atomic_path, fingerprint, read_json, write_json
 from .generate import image_seed, join_group, launch, one_thread, plain_faults, read_prompts
 from .models import fast_math, load_pipeline
-from .objectives import PAIR_OBJECTIVES, Predictions, clean_latent, dspo_score
+from .objectives import PAIR_OBJECTIVES, Predictions, dspo_score
 from .reward import RewardModel
 from .settings import TrainDSPOSettings
 
@@ -139,16 +138,16 @@ def sample_ways(pipe, text: Text, seeds: list, settings) -> tuple:  # latents (n
         states.append(torch.stack([z[-len(latents[-1]):] for z, _ in seen], 1))  # with guidance every image stands twice in a batch
     return torch.cat(latents), torch.cat(states), torch.stack([torch.as_tensor(t) for _, t in seen])
 
-# %% ../nbs/52_dspo.ipynb #11027afa
+# %% ../nbs/52_dspo.ipynb #42bc5941
 @dataclass
 class Rollout:
     "K candidates for each of some prompts."
     prompts: list      # of texts
     text: Text         # encoded, (prompts,)
     latents: Tensor    # (prompts, K, c, h, w)
-    scores: Tensor     # (prompts, K, aspects), in rating units
     states: Tensor     # (prompts, K, steps, c, h, w): what the UNet saw on the way
     timesteps: Tensor  # (steps,)
+    scores: Tensor = None  # (prompts, K, aspects), in rating units, for pairs
     wish: Tensor = None  # (prompts, K, c, h, w): where the heads want each candidate to go
     maker: list = None   # the adapter's weights that made the candidates
 
@@ -157,7 +156,7 @@ def score_latents(pipe, reward, latents, prompts, batch=16):  # -> (n, aspects)
     "What the heads say of decoded latents, clamped to what a picture can hold."
     return torch.cat([reward.forward_pixels(decode(pipe, latents[i:i + batch]).clamp(0, 1), prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
 
-# %% ../nbs/52_dspo.ipynb #79b99045
+# %% ../nbs/52_dspo.ipynb #6018b2cd
 def pixel_gradients(
     reward, pixels: Tensor,  # (n, 3, H, W)
     prompts: list,
@@ -166,7 +165,7 @@ def pixel_gradients(
     "The gradient of every head with respect to the pixels, averaged over shifts."
     leaf, total, scores = pixels.detach().requires_grad_(), 0, 0
     for shift in shifts:
-        with fast_math(leaf.device): s = reward.forward_pixels(torch.roll(leaf, shift, (2, 3)).clamp(0, 1), prompts)
+        s = reward.forward_pixels(torch.roll(leaf, shift, (2, 3)).clamp(0, 1), prompts)
         total = total + torch.stack([torch.autograd.grad(s[:, h].sum(), leaf, retain_graph=True)[0] for h in range(s.shape[1])])
         scores = scores + s.detach() / len(shifts)
     return total / len(shifts), scores
@@ -182,12 +181,11 @@ def uphill(
 ) -> Tensor:            # (n, c, h, w)
     "Σ_h α_h ĝ_h, carried back to the latent; its size says how far the heads agree."
     clean = clean.detach().requires_grad_()
-    with torch.enable_grad(), fast_math(clean.device): pixels = decode(pipe, clean)
+    with torch.enable_grad(): pixels = decode(pipe, clean)
     gradients, scores = pixel_gradients(reward, pixels, prompts, shifts)
     mean, deviation = usual
     doubt = 1 - ((scores - mean) / deviation).sigmoid().T.view(len(weights), -1, 1, 1, 1)
-    if normalise: total = combine(unit_rms(gradients) * 2 * doubt, weights, normalise=False)
-    else: total = combine(gradients / deviation.view(-1, 1, 1, 1, 1), weights, normalise=False)
+    total = combine(unit_rms(gradients) * 2 * doubt if normalise else gradients / deviation.view(-1, 1, 1, 1, 1), weights)
     carried, = torch.autograd.grad(pixels, clean, total.detach())
     size = total.pow(2).mean((1, 2, 3), keepdim=True).sqrt() if normalise else 1.
     return unit_rms(carried) * size if normalise else carried
@@ -206,7 +204,7 @@ def climb(
     for _ in range(steps): here = here + .06 * uphill(pipe, reward, here, prompts, weights, usual, normalise, shifts)
     return (here - latents) / .06 / steps
 
-# %% ../nbs/52_dspo.ipynb #2b1a304c
+# %% ../nbs/52_dspo.ipynb #2b88f8bc
 def predict(
     pipe,
     latents: Tensor,    # (prompts, K, c, h, w)
@@ -222,20 +220,20 @@ def predict(
     each = text[torch.arange(len(timestep)).repeat_interleave(k)]
     inputs = (noisy.flatten(0, 1).to(pipe.unet.dtype), timestep.repeat_interleave(k), each.embeds)
     extra = conditions(pipe, each, size)
-    with fast_math(pipe.device):
-        with torch.no_grad(), reference_of(pipe.unet): reference = pipe.unet(*inputs, added_cond_kwargs=extra).sample
-        policy = pipe.unet(*inputs, added_cond_kwargs=extra).sample
+    with torch.no_grad(), reference_of(pipe.unet): reference = pipe.unet(*inputs, added_cond_kwargs=extra).sample
+    policy = pipe.unet(*inputs, added_cond_kwargs=extra).sample
     shaped = lambda x: x.float().unflatten(0, (-1, k))
     return Predictions(shaped(policy), shaped(reference), noise.expand_as(latents).float())
 
-def pair_loss(p: Predictions, rollout_scores, weights, settings: TrainDSPOSettings):
+def pair_loss(p: Predictions, rollout_scores, weights, settings: TrainDSPOSettings) -> Tensor:  # (prompts,)
     "A loss whose gradient at the predictions is the balanced wish of all heads, with the pull to the reference; `rollout_scores` (prompts, K, aspects)."
-    c = pair_weights(standardise_groups(rollout_scores))
-    gradients = head_gradients(PAIR_OBJECTIVES[settings.objective], p, c, beta=settings.beta, strength=settings.strength)
-    wish = combine(gradients, weights, normalise=settings.balance != "sum")
-    return (p.policy * wish.detach()).mean() + settings.distance * p.distance.pow(2).mean()
+    z = standardise_groups(rollout_scores)
+    gradients = head_gradients(PAIR_OBJECTIVES[settings.objective], p, pair_weights(z), beta=settings.beta, strength=settings.strength)
+    if settings.balance != "sum": gradients = equal_heads(gradients)
+    wish = guard_winner(combine(gradients, weights), (z @ weights.to(z)).argmax(1))
+    return (p.policy * wish.detach()).mean((1, 2, 3, 4)) + settings.distance * p.distance.pow(2).mean((1, 2, 3, 4))
 
-# %% ../nbs/52_dspo.ipynb #8ad85af5
+# %% ../nbs/52_dspo.ipynb #56f15af4
 def guided(
     pipe,
     noisy: Tensor,     # (n, c, h, w)
@@ -246,9 +244,8 @@ def guided(
 ) -> Tensor:           # (n, c, h, w)
     "The noise prediction that the sampler uses."
     def ask(noisy, timestep, text): return pipe.unet(noisy, timestep, text.embeds, added_cond_kwargs=conditions(pipe, text, size)).sample.float()
-    with fast_math(pipe.device):
-        if scale <= 1: return ask(noisy, timestep, text)
-        empty, asked = ask(torch.cat([noisy, noisy]), timestep.repeat(2), text.with_empty()).chunk(2)
+    if scale <= 1: return ask(noisy, timestep, text)
+    empty, asked = ask(torch.cat([noisy, noisy]), timestep.repeat(2), text.with_empty()).chunk(2)
     return empty + scale * (asked - empty)
 
 @contextmanager
@@ -261,7 +258,7 @@ def weights_of(parameters, values):
     finally:
         with torch.no_grad(): torch._foreach_copy_([p.data for p in parameters], kept)
 
-# %% ../nbs/52_dspo.ipynb #81955253
+# %% ../nbs/52_dspo.ipynb #20aad1de
 @dataclass
 class Team:
     "This process among its equals; one process is a team of its own."
@@ -271,6 +268,10 @@ class Team:
     def deal(self, n: int) -> list:
         "Indices of this process's items; the last ones stand twice where n does not divide."
         return [min(i, n - 1) for i in range(self.rank, math.ceil(n / self.world) * self.world, self.world)]
+
+    def share(self, n: int) -> Tensor:  # (dealt,)
+        "Weights of this process's items, such that the processes' average of weighted sums is the mean of all n items."
+        return (torch.arange(self.rank, math.ceil(n / self.world) * self.world, self.world) < n).float() * self.world / n
 
     def gather(self, part: Tensor, n: int) -> Tensor:  # (dealt, ...) -> (n, ...), the same on every process
         "All items in their order."
@@ -290,7 +291,7 @@ class Team:
         word = torch.tensor([flag], dtype=torch.int32, device=device); torch.distributed.broadcast(word, 0)
         return bool(word.item())
 
-# %% ../nbs/52_dspo.ipynb #197ff49e
+# %% ../nbs/52_dspo.ipynb #6dce2439
 @dataclass
 class Tuning:
     "Everything a run carries from one rollout to the next."
@@ -306,9 +307,12 @@ class Tuning:
     base: np.ndarray = None  # (watched, aspects) scores before tuning
     rollout: int = 0        # the next one
     history: list = None    # one dict per rollout
+    seconds: float = 0.     # spent so far, over all attempts
 
     @property
     def alphas(self): return self.pipe.scheduler.alphas_cumprod.to(self.pipe.device)
+    @property
+    def arithmetic(self): return fast_math(self.pipe.device) if self.settings.dtype == "auto" else nullcontext()  # of gradients; samples are exact
     @property
     def size(self):
         side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
@@ -324,7 +328,7 @@ def start(pipe, reward, prompts: list, settings: TrainDSPOSettings, watched: int
         for encoder in (pipe.text_encoder, pipe.text_encoder_2): encoder.to("cpu")
     return Tuning(pipe, reward, settings, parameters, optimizer, prompts, text, min(watched, len(prompts)), team, history=[])
 
-# %% ../nbs/52_dspo.ipynb #91405da7
+# %% ../nbs/52_dspo.ipynb #971b5094
 def watch_scores(run: Tuning) -> np.ndarray:  # (watched, aspects)
     "The heads' scores on the fixed prompts and seeds with the adapter as it is."
     mine = run.team.deal(run.watched); prompts = [run.prompts[i] for i in mine]
@@ -338,53 +342,54 @@ def candidates(run: Tuning, rng) -> Rollout:
     n = len(chosen) * s.candidates; seeds, mine = rng.integers(2 ** 31, size=n).tolist(), team.deal(n)
     each = [chosen[i // s.candidates] for i in mine]
     latents, states, timesteps = sample_ways(run.pipe, run.text[each], [seeds[i] for i in mine], s)
-    scores = score_latents(run.pipe, run.reward, latents, [run.prompts[i] for i in each])
     shaped = lambda part: team.gather(part, n).unflatten(0, (-1, s.candidates))
-    return Rollout([run.prompts[i] for i in chosen], run.text[chosen], shaped(latents), shaped(scores), shaped(states), timesteps)
+    scores = shaped(score_latents(run.pipe, run.reward, latents, [run.prompts[i] for i in each])) if s.objective in PAIR_OBJECTIVES else None
+    return Rollout([run.prompts[i] for i in chosen], run.text[chosen], shaped(latents), shaped(states), timesteps, scores)
 
 def wishes(run: Tuning, r: Rollout, weights, usual, rng) -> Tensor:  # (prompts, K, c, h, w)
     "Where the heads want the candidates of a rollout to go, computed once and used at many timesteps."
     s, k = run.settings, r.latents.shape[1]
     n = len(r.prompts) * k; mine = run.team.deal(n)
     flat, each, shifts = r.latents.flatten(0, 1)[mine].float(), [r.prompts[i // k] for i in mine], rng.integers(-s.shift, s.shift + 1, (s.shifts, 2)).tolist()
-    parts = [climb(run.pipe, run.reward, flat[i:i + 16], each[i:i + 16], weights, usual, s.climb, s.balance != "sum", shifts) for i in range(0, len(mine), 16)]
+    with run.arithmetic: parts = [climb(run.pipe, run.reward, flat[i:i + 16], each[i:i + 16], weights, usual, s.climb, s.balance != "sum", shifts) for i in range(0, len(mine), 16)]
     return run.team.gather(torch.cat(parts), n).unflatten(0, (-1, k))
 
-# %% ../nbs/52_dspo.ipynb #1aae2dd4
-def pair_step(run: Tuning, r: Rollout, weights, chosen, generator) -> tuple:  # loss, mean squared distance to the reference
+# %% ../nbs/52_dspo.ipynb #fab72484
+def pair_step(run: Tuning, r: Rollout, weights, chosen, generator) -> tuple:  # loss, predictions minus the reference's
     "A pair objective on the candidates of the chosen prompts."
     s, device, mine = run.settings, run.pipe.device, run.team.deal(len(chosen))
     timestep = torch.randint(20, s.max_timestep, (len(chosen),), generator=generator)[mine].to(device)
     noise = torch.randn((len(chosen), 1, *r.latents.shape[2:]), generator=generator)[mine].to(device)
     rows = chosen[mine]; alpha = run.alphas[timestep].view(-1, 1, 1, 1, 1).float()
     p = predict(run.pipe, r.latents[rows].float(), r.text[rows], timestep, noise, alpha, run.size)
-    return pair_loss(p, r.scores[rows], weights, s), p.distance
+    return (pair_loss(p, r.scores[rows], weights, s) * run.team.share(len(chosen)).to(device)).sum(), p.distance
 
-def score_step(run: Tuning, r: Rollout, chosen, generator) -> tuple:
+def score_step(run: Tuning, r: Rollout, chosen, generator) -> tuple:  # loss, predictions minus those of the rollout's model
     "`dspo-score` on the candidates of the chosen prompts, each at a step of its own way."
     s, k = run.settings, r.latents.shape[1]
     rows = (chosen[:, None] * k + torch.arange(k)).flatten()
     late = (r.timesteps.cpu() < s.max_timestep).nonzero().flatten()
     steps = late[torch.randint(len(late), rows.shape, generator=generator)]
-    mine = run.team.deal(len(rows)); rows, steps = rows[mine], steps[mine]
+    mine, share = run.team.deal(len(rows)), run.team.share(len(rows)).to(run.pipe.device); rows, steps = rows[mine], steps[mine]
     noisy, timestep, text = r.states.flatten(0, 1)[rows, steps], r.timesteps[steps], r.text[rows // k]
     alpha = run.alphas[timestep.long()].view(-1, 1, 1, 1).float()
     ask = lambda: guided(run.pipe, noisy, timestep, text, run.size, s.guidance_scale)
     with torch.no_grad(), weights_of(run.parameters, r.maker): before = ask()
     now = ask()
-    return dspo_score(now, before, r.wish.flatten(0, 1)[rows], alpha, s.strength).mean(), now - before
+    return (dspo_score(now, before, r.wish.flatten(0, 1)[rows], alpha, s.strength) * share).sum(), now - before
 
 def update(run: Tuning, r: Rollout, weights, generator) -> dict:
-    "One optimizer step on a few prompts of a rollout."
+    "One optimizer step on a few prompts of a rollout: its loss, the mean squared change of the predictions (since the rollout began; pair objectives: since the tuning began), and the gradient's norm."
     s = run.settings
     chosen = torch.randperm(len(r.prompts), generator=generator)[:s.prompts_per_update]
-    loss, distance = score_step(run, r, chosen, generator) if s.objective == "dspo-score" else pair_step(run, r, weights, chosen, generator)
+    with run.arithmetic: loss, change = score_step(run, r, chosen, generator) if s.objective == "dspo-score" else pair_step(run, r, weights, chosen, generator)
     run.optimizer.zero_grad(set_to_none=True); loss.backward(); run.team.average_gradients(run.parameters)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.).item()
+    if not math.isfinite(norm): raise InputError(f"the gradient is no number in rollout {run.rollout}: the tuning diverged; lower --lr (now {s.lr:g}) or --strength ({s.strength:g}), and begin anew with --fresh")
     run.optimizer.step()
-    return dict(loss=loss.item(), distance=distance.detach().pow(2).mean().item(), gradient=norm.item())
+    return dict(loss=loss.item(), change=change.detach().pow(2).mean().item(), gradient=norm)
 
-# %% ../nbs/52_dspo.ipynb #f3e3b31e
+# %% ../nbs/52_dspo.ipynb #52b66c4c
 def tune(
     run: Tuning,
     over=lambda: False,  # asked before every update; True ends the run after a last measurement
@@ -408,15 +413,15 @@ def tune(
             if run.team.agree(over(), device): break
             generator = torch.Generator().manual_seed(int(np.random.default_rng([s.seed, run.rollout, i]).integers(2 ** 62)))
             yield dict(rollout=run.rollout, update=i, **update(run, r, weights, generator))
-        run.rollout += 1
+        else: run.rollout += 1  # a rollout that was cut short is done again when the run goes on
 
-# %% ../nbs/52_dspo.ipynb #519b2d89
+# %% ../nbs/52_dspo.ipynb #f9ee6e26
 def save_checkpoint(run: Tuning, path):
     "Write everything that a run needs to go on."
     from safetensors.torch import save_file
     tensors = {f"parameter.{i}": p.detach().cpu() for i, p in enumerate(run.parameters)}
     for i, state in run.optimizer.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v.cpu() for k, v in state.items()}
-    story = dict(rollout=run.rollout, history=run.history, base=run.base.tolist())
+    story = dict(rollout=run.rollout, history=run.history, base=run.base.tolist(), seconds=run.seconds)
     with atomic_path(path) as p: save_file({k: v.contiguous() for k, v in tensors.items()}, p, metadata={"run": json.dumps(story)})
 
 def load_checkpoint(run: Tuning, path):
@@ -430,7 +435,7 @@ def load_checkpoint(run: Tuning, path):
     for k, v in tensors.items():
         if k.startswith("optimizer."): _, i, name = k.split("."); state["state"].setdefault(int(i), {})[name] = v
     run.optimizer.load_state_dict(state)
-    run.rollout, run.history, run.base = story["rollout"], story["history"], np.array(story["base"])
+    run.rollout, run.history, run.base, run.seconds = story["rollout"], story["history"], np.array(story["base"]), story["seconds"]
 
 # %% ../nbs/52_dspo.ipynb #b0ccb24b
 def save_adapter(unet, folder):
@@ -449,11 +454,11 @@ def soft_minimum(gains, temperature: float = .2) -> float:
     g = np.asarray(gains, float)
     return float(-temperature * np.log(np.mean(np.exp(-(g - g.min()) / temperature))) + g.min())
 
-# %% ../nbs/52_dspo.ipynb #26e2f29e
+# %% ../nbs/52_dspo.ipynb #edf46825
 def _log(writer, run: Tuning, state):
     step = state["rollout"] * run.settings.updates + state.get("update", 0)
     if "update" in state:
-        for k in ("loss", "distance", "gradient"): writer.add_scalar(f"train/{k}", state[k], step)
+        for k in ("loss", "change", "gradient"): writer.add_scalar(f"train/{k}", state[k], step)
         return
     for name, gain, weight in zip(run.reward.aspects, state["gains"].mean, state["weights"].tolist()):
         writer.add_scalar(f"gain/{name}", gain, step); writer.add_scalar(f"weight/{name}", weight, step)
@@ -471,41 +476,48 @@ class TuningBar:
             print(figures["line"], flush=True); return
         if self.bar is None: self.bar = tqdm(total=figures["total"], initial=figures["done"], desc="tuning", unit="update", mininterval=1)
         self.bar.update(figures["done"] - self.bar.n)
-        self.bar.set_postfix(rollout=figures["rollout"], distance=f"{figures['distance']:.4f}", refresh=False)
+        self.bar.set_postfix(rollout=figures["rollout"], change=f"{figures['change']:.4f}", refresh=False)
     def close(self):
         if self.bar: self.bar.close()
 
-# %% ../nbs/52_dspo.ipynb #9976d2fa
+# %% ../nbs/52_dspo.ipynb #6b8cfdee
 def learn(run: Tuning, folder, show, began=None):
     "Tune with checkpoints, curves and the neglect guard; the pipeline ends with the best adapter. Returns why it stopped."
     from torch.utils.tensorboard import SummaryWriter
-    s, folder, why, first, fallen = run.settings, Path(folder), "all rollouts are done", run.team.rank == 0, Counter()
-    began = time.time() if began is None else began
+    s, folder, why, first, fallen, best = run.settings, Path(folder), "all rollouts are done", run.team.rank == 0, Counter(), -math.inf
+    began = (time.time() if began is None else began) - run.seconds
     over = lambda: bool(s.minutes) and time.time() - began > 60 * s.minutes
-    checkpoint = lambda name: first and save_checkpoint(run, folder / "checkpoints" / name)
-    best = max((soft_minimum(h["gains"]) for h in run.history), default=-math.inf)
+    low = lambda gains: Counter({n: fallen[n] + 1 for n in neglected(gains, run.reward.aspects)})
+    for h in run.history: best, fallen = max(best, soft_minimum(h["gains"])), low(Gains(np.array(h["gains"]), np.array(h["errors"])))
+    def checkpoint(name):
+        run.seconds = time.time() - began
+        if first: save_checkpoint(run, folder / "checkpoints" / name)
     with SummaryWriter(folder / "logs", purge_step=run.rollout * s.updates) if first else nullcontext() as writer:
         for state in tune(run, over):
             if first: _log(writer, run, state)
             if "update" in state:
-                show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", distance=state["distance"])); continue
+                show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", change=state["change"])); continue
             show(dict(line=_gains_line(run, state["gains"]))); checkpoint("latest.safetensors")
             if soft_minimum(state["gains"].mean) >= best: best = soft_minimum(state["gains"].mean); checkpoint("best.safetensors")
-            fallen = Counter({n: fallen[n] + 1 for n in neglected(state["gains"], run.reward.aspects)})
+            fallen = low(state["gains"])
             if lost := [n for n, times in fallen.items() if times >= s.patience]: why = f"neglect guard: {', '.join(lost)} stayed below the start; back to the best checkpoint"; break
-            if s.minutes and time.time() - began > 60 * s.minutes: why = f"the {s.minutes:g} minutes are over"
+            if over(): why = f"the {s.minutes:g} minutes are over"
     history = run.history
     if first: load_checkpoint(run, folder / "checkpoints" / "best.safetensors"); run.history = history
     return why
 
-# %% ../nbs/52_dspo.ipynb #6f0f4a30
-def _resume(run: Tuning, folder, mark, fresh):
-    "Go on from the latest checkpoint if it is of the same settings; else begin."
-    latest, note = folder / "checkpoints" / "latest.safetensors", folder / "checkpoints" / "run.json"
-    same = not fresh and latest.exists() and note.exists() and read_json(note).get("mark") == mark
+# %% ../nbs/52_dspo.ipynb #0a814c4f
+def _resume(run: Tuning, folder, mark, fresh, show):
+    "Go on from the latest checkpoint if it is of the same settings; else begin, and keep what another run left."
+    place = folder / "checkpoints"; latest, note = place / "latest.safetensors", place / "run.json"
+    old = read_json(note).get("mark", "") if note.exists() else ""
+    same = run.team.agree(not fresh and latest.exists() and old == mark, run.pipe.device)
     if same: load_checkpoint(run, latest); run.history.pop()
     elif run.team.rank == 0:
-        for p in (latest, folder / "checkpoints" / "best.safetensors"): p.unlink(missing_ok=True)
+        if latest.exists() and not fresh:
+            kept = folder / f"checkpoints-{old[:8] or 'unknown'}-{time.strftime('%Y%m%d-%H%M%S')}"; place.rename(kept)
+            show(dict(line=f"the checkpoints here are of other settings, prompts or heads: kept in {kept}, beginning anew"))
+        for p in (latest, place / "best.safetensors"): p.unlink(missing_ok=True)
         write_json(note, dict(mark=mark))
     return same
 
@@ -519,7 +531,7 @@ def finish(run: Tuning, folder, why) -> list:
     files += [folder / "dspo.json", save_figure(history_curves(table, list(run.reward.aspects), "rollout", "gain by the heads (sd of the base)"), folder / "gains.png")]
     return files
 
-# %% ../nbs/52_dspo.ipynb #b0d7cf98
+# %% ../nbs/52_dspo.ipynb #643e774c
 def work_in_group(settings: TrainDSPOSettings, show):
     "Tune as one of the processes that accelerate started, or alone; process 0 writes and speaks."
     began, (rank, world, _) = time.time(), join_group()
@@ -527,10 +539,11 @@ def work_in_group(settings: TrainDSPOSettings, show):
         with plain_faults(), one_thread() if world > 1 else nullcontext():
             show = show if rank == 0 else lambda figures: None
             prompts, reward = [p.prompt for p in read_prompts(settings.prompts)], RewardModel.load(settings.reward_model, settings.device)
+            if len(prompts) < 2: raise InputError(f"{settings.prompts}: one prompt; two or more are needed to measure gains")
             pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
             tuning = start(pipe, reward, prompts, settings, team=Team(rank, world))
             mark = fingerprint({k: v for k, v in asdict(settings).items() if k not in ("minutes", "fresh", "rollouts", "processes")}, prompts, read_json(Path(settings.reward_model) / "reward_model.json"))
-            if _resume(tuning, settings.output, mark, settings.fresh): show(dict(line=f"going on from rollout {tuning.rollout} of {settings.rollouts}"))
+            if _resume(tuning, Path(settings.output), mark, settings.fresh, show): show(dict(line=f"going on from rollout {tuning.rollout} of {settings.rollouts}"))
             show(dict(line=_plan(tuning)))
             why = learn(tuning, settings.output, show, began)
             if rank == 0: show(dict(line="\n".join([*(f"wrote {file}" for file in finish(tuning, settings.output, why)), f"stopped: {why}"])))

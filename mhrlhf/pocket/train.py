@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'CLIP_MEAN', 'CLIP_STD', 'Recipe', 'fit', 'watch', 'build_
            'position_waves', 'build_clip', 'WordReader', 'clip_captions', 'clip_batch', 'contrast', 'train_clip',
            'save_judge', 'build', 'reconstruction_error', 'obedience', 'main', 'check']
 
-# %% ../../nbs/pocket/72_train.ipynb #d1ccb200
+# %% ../../nbs/pocket/72_train.ipynb #c009903b
 from dataclasses import dataclass, asdict, replace
 from pathlib import Path
 import copy, gzip, json, math, shutil, time
@@ -20,29 +20,28 @@ import torch.nn.functional as F
 
 from ..files import InputError, read_json, write_json
 from ..models import fast_math
-from .scenes import FACTOR_WORDS, OBJECTS, SCENES, STYLES, caption, draw_factors, factor_words, parse_caption, render, scene_batch, unseen_captions
+from .scenes import FACTOR_WORDS, OBJECTS, SCENES, STYLES, caption, draw_factors, factor_words, parse_caption, render, scene_batch
 from .judge import SOFT, JudgeNet, judge_loss, to_tensor
 
-# %% ../../nbs/pocket/72_train.ipynb #8995e1f7
+# %% ../../nbs/pocket/72_train.ipynb #fc1e002e
 @dataclass(frozen=True)
 class Recipe:
     "How long and how wide: one training of all parts."
     seed: int = 0
-    judge_steps: int = 3500      # of 64 fresh scenes
+    judge_steps: int = 6300      # of 64 scenes
     judge_width: int = 32        # channels of the judge's first layer
-    clip_steps: int = 4500       # of 96 scenes with captions
-    bank: int = 4800             # scenes that went through autoencoder and UNet, for judge and backbone
-    vae_steps: tuple = (3200, 5500)  # of 16 fresh scenes; each round with its own schedule
-    polish_steps: int = 1800     # of its decoder alone, afterwards
+    clip_steps: int = 9500       # of 96 scenes with captions
+    bank: int = 6400             # scenes that went through autoencoder and UNet, for judge and backbone
+    vae_steps: tuple = (3200, 5500, 5600)  # of 16 fresh scenes; each round with its own schedule
     vae_channels: tuple = (32, 64, 96)
     scenes: int = 24000          # cached latents for the UNet
-    unet_steps: tuple = (5500, 2600)  # of 32 latents; each round with its own schedule
+    unet_steps: tuple = (5500, 2600, 2000)  # of 32 latents; each round with its own schedule
     unet_channels: tuple = (64, 128)
     unet_layers: int = 1
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
 
 RECIPES = {"cpu": Recipe(),
-           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, bank=128, vae_steps=(12,), polish_steps=4, vae_channels=(8, 16, 16), scenes=128, unet_steps=(12,), unet_channels=(32, 64))}
+           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, bank=128, vae_steps=(12,), vae_channels=(8, 16, 16), scenes=128, unet_steps=(12,), unet_channels=(32, 64))}
 
 # %% ../../nbs/pocket/72_train.ipynb #b87b2881
 def fit(
@@ -98,7 +97,7 @@ def build_tokenizer(
     words = [*chars, *(c + "</w>" for c in chars), *("".join(m.split()) for m in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[tuple(m.split()) for m in merges], model_max_length=length)
 
-# %% ../../nbs/pocket/72_train.ipynb #190e5d3d
+# %% ../../nbs/pocket/72_train.ipynb #953043c4
 def build_vae(channels=(32, 64, 96)):
     "A small `AutoencoderKL`: 64 x 64 pixels to 16 x 16 x 4."
     from diffusers import AutoencoderKL
@@ -116,7 +115,7 @@ def vae_scenes(n, rng):
     return to_tensor([render(f, rng) for f in truth]).contiguous(memory_format=torch.channels_last)
 
 def train_vae(r: Recipe, log):
-    "Train the autoencoder on fresh scenes, then its decoder alone, and set its scaling factor."
+    "Train the autoencoder on fresh scenes, and set its scaling factor."
     torch.manual_seed(r.seed); rng = np.random.default_rng([r.seed, 2])
     vae = build_vae(r.vae_channels).to(memory_format=torch.channels_last)
     def loss_of(step):
@@ -125,11 +124,9 @@ def train_vae(r: Recipe, log):
             posterior = vae.encode(images).latent_dist
             output = vae.decode(posterior.sample()).sample
         return image_loss(output.float(), images) + 3e-4 * posterior.kl().mean() / 1024
-    for steps in r.vae_steps: watch("vae", fit(vae, loss_of, steps, 2e-3), log)
+    for i, steps in enumerate(r.vae_steps): watch("vae", fit(vae, loss_of, steps, 1.2e-3 if i else 2e-3), log)
     with torch.no_grad(): latents = vae.encode(vae_scenes(256, rng)).latent_dist.sample()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    vae.encoder.requires_grad_(False); vae.quant_conv.requires_grad_(False)
-    watch("decoder", fit(vae, loss_of, r.polish_steps, 1e-3), log)
     return vae.eval().to(memory_format=torch.contiguous_format)
 
 # %% ../../nbs/pocket/72_train.ipynb #eeef472c
@@ -179,7 +176,7 @@ def encode_text(encoders, ids):
     one, two = (e(ids, output_hidden_states=True) for e in encoders)
     return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), two.text_embeds  # (n, 77, 128), (n, 64)
 
-# %% ../../nbs/pocket/72_train.ipynb #21eee5ce
+# %% ../../nbs/pocket/72_train.ipynb #bf9805c4
 def train_unet(r: Recipe, vae, log, folder):
     "Train UNet and text encoders together on cached latents; writes the pipeline to `folder` now and then, and returns it."
     torch.manual_seed(r.seed); rng = np.random.default_rng([r.seed, 4])
@@ -209,7 +206,7 @@ def train_unet(r: Recipe, vae, log, folder):
         copy_of = copy.deepcopy(parts)
         with torch.no_grad(): torch._foreach_copy_(list(copy_of.parameters()), average)
         save_pipeline(build_pipeline(vae, copy_of[0], copy_of[1:], tokenizer), folder)
-    for steps, lr, decay in zip(r.unet_steps, (1e-3, 6e-4), (.9995, .998)): watch("unet", fit(parts, loss_of, steps, lr, decay), log, every=100, keep=keep)
+    for i, steps in enumerate(r.unet_steps): watch("unet", fit(parts, loss_of, steps, *((5e-4, .998) if i else (1e-3, .9995))), log, every=100, keep=keep)
     save_pipeline(pipe, folder)
     return pipe
 
@@ -298,12 +295,12 @@ class WordReader(torch.nn.Module):
         known = 1 - torch.as_tensor(doubtful).float()[:, None] * torch.tensor([w in self.soft for w in self.words]).float()
         return (F.binary_cross_entropy_with_logits(self.line(10 * embedding), target, reduction="none") * known).sum(1).mean() / 8
 
-# %% ../../nbs/pocket/72_train.ipynb #c43c58d9
+# %% ../../nbs/pocket/72_train.ipynb #76beb926
 def clip_captions(step, every, rng):
     "Which captions a batch draws from (None: all), and which factors its texts name: a list, or the chance of each."
     kind = step % 10
     if kind in (0, 5): return None, float(rng.choice([0, .5, 1], p=[.5, .3, .2]))
-    if kind in (2, 4, 8):  # one style and scene, all objects
+    if kind in (2, 3, 4, 6, 8):  # one style and scene, all objects
         f = draw_factors(1, rng)[0]; return [c for c in every if parse_caption(c)[1:] == (f.style, f.scene)] or None, 0. if rng.random() < .7 else .5
     weights = np.array([3, 1.5, 2, 1, 1, 1, 1.5, 1.5])
     return [every[i] for i in rng.choice(len(every), rng.choice([1, 4, 12]))], list(rng.choice(list(FACTOR_WORDS), rng.choice([1, 2, 3, 8]), replace=False, p=weights / weights.sum()))
