@@ -6,7 +6,7 @@
 __all__ = ['compare', 'add_composite', 'Evaluation', 'grid', 'choose_judge', 'SamplingBar', 'evaluate_pipeline', 'judged',
            'write_evaluation', 'work_in_group', 'run']
 
-# %% ../nbs/61_evaluate.ipynb #68c047d8
+# %% ../nbs/61_evaluate.ipynb #bbd00c24
 from dataclasses import dataclass
 from pathlib import Path
 import os
@@ -17,7 +17,7 @@ import torch
 
 from .dspo import Team
 from .files import InputError, write_json
-from .generate import image_seed, join_group, launch, one_thread, read_prompts, sample_images, write_image
+from .generate import image_seed, join_group, launch, one_thread, plain_faults, read_prompts, sample_images, write_image
 from .inference import load_adapter
 from .models import load_pipeline
 from .plots import interval_bars, picture_grid, save_figure
@@ -130,14 +130,14 @@ class SamplingBar:
     def close(self):
         if self.bar: self.bar.close()
 
-# %% ../nbs/61_evaluate.ipynb #ea6408e0
+# %% ../nbs/61_evaluate.ipynb #3d5a6b97
 def evaluate_pipeline(
     pipe,            # with an adapter loaded
     prompts: list,   # of `generate.Prompt`
     settings: EvaluateSettings,
     team: Team = Team(),  # the processes that share the sampling
     show=None,       # called with {done, total} after every batch; default: a bar
-) -> Evaluation:     # the same on every process
+) -> Evaluation:     # on process 0; None on the others, which only sample
     "Sample both models on the same prompts and seeds, and compare."
     pairs = [p for p in prompts for _ in range(settings.seeds)]
     seeds = [image_seed(p.prompt_id, s) for p in prompts for s in range(settings.seeds)]
@@ -157,7 +157,7 @@ def evaluate_pipeline(
             finally: pipe.unet.enable_adapters()
     finally:
         if bar: bar.close()
-    return judged(base, tuned, pairs, settings)
+    return None if team.rank else judged(base, tuned, pairs, settings)
 
 def judged(base, tuned, pairs, settings) -> Evaluation:
     "Compare images that are there: (n, h, w, 3) uint8 both."
@@ -170,7 +170,7 @@ def judged(base, tuned, pairs, settings) -> Evaluation:
     scores = pd.DataFrame(dict(prompt=texts, base=before["composite"], tuned=after["composite"]))
     return Evaluation(compare(before, after, groups), pd.DataFrame(per).T, name, pairs, base, tuned, scores)
 
-# %% ../nbs/61_evaluate.ipynb #de3da2ac
+# %% ../nbs/61_evaluate.ipynb #35db0ac6
 def write_evaluation(e: Evaluation, folder) -> list:
     "Images, tables and pictures; returns the files."
     folder = Path(folder)
@@ -184,14 +184,16 @@ def work_in_group(settings: EvaluateSettings, show):
     "Evaluate as one of the processes that accelerate started, or alone; process 0 writes and speaks."
     rank, world, _ = join_group()
     try:
-        prompts = read_prompts(settings.prompts, settings.limit)
-        pipe = load_adapter(load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae), settings.model)
-        e = evaluate_pipeline(pipe, prompts, settings, Team(rank, world), show if rank == 0 else lambda figures: None)
+        with plain_faults():
+            Path(settings.output).mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is told before the work
+            prompts = read_prompts(settings.prompts, settings.limit)
+            pipe = load_adapter(load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae), settings.model)
+            e = evaluate_pipeline(pipe, prompts, settings, Team(rank, world), show if rank == 0 else lambda figures: None)
+            if rank: return
+            lines = [f"{len(e.prompts)} pairs of {len(prompts)} held-out prompts, judged by the {e.judged_by}", *e.lines()]
+            show(dict(line="\n".join([*lines, *(f"wrote {f}" for f in write_evaluation(e, settings.output))])))
     finally:
         if world > 1: torch.distributed.destroy_process_group()
-    if rank: return
-    lines = [f"{len(e.prompts)} pairs of {len(prompts)} held-out prompts, judged by the {e.judged_by}", *e.lines()]
-    show(dict(line="\n".join([*lines, *(f"wrote {f}" for f in write_evaluation(e, settings.output))])))
 
 def run(settings: EvaluateSettings) -> int:
     "The stage `evaluate`. Raises `InputError` for what the user can mend."
