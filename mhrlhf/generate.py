@@ -405,7 +405,7 @@ def _cut_torn_line(file, size):
     file.seek(max(size - 65536, 0)); tail = file.read()
     if not tail.endswith(b"\n"): file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
-# %% ../nbs/10_generate.ipynb #d7b0b2b0
+# %% ../nbs/10_generate.ipynb #2bd72f93
 @dataclass(frozen=True)
 class Task:
     "One image to be."
@@ -417,8 +417,6 @@ def plan_tasks(
     settings: GenerateSettings,
 ) -> list:  # of `Task`, a prompt's seeds next to each other
     "Every image that the settings ask for. Raises `InputError` for bad prompts."
-    raise_faults([f"{name} {getattr(settings, name)}: 1 or more is needed" for name in ("seeds", "batch", "processes", "steps")
-                  if getattr(settings, name) != "auto" and getattr(settings, name) < 1])
     images, here = Path(settings.images), Path.cwd()
     if images.is_absolute() and images.is_relative_to(here): images = images.relative_to(here)
     return [Task(p, seed, f"{images.as_posix()}/{p.prompt_id}/{seed}.png")

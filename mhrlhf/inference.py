@@ -35,13 +35,12 @@ def load_adapter(
     finally: logging.set_verbosity(level)
     return pipe
 
-# %% ../nbs/60_inference.ipynb #3a0fc299
+# %% ../nbs/60_inference.ipynb #1e8effca
 def _file_name(prompt, seed): return f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'image'}-{seed}"
 
 def _check(settings):
     prompts = [" ".join(p.split()) for p in settings.prompt]
     if not all(prompts) or not prompts: raise InputError('no prompt; give one or more texts: --prompt "a fox in the snow" "a rose in a meadow"')
-    if settings.count < 1: raise InputError(f"count {settings.count}: 1 or more images per prompt are needed")
     return prompts
 
 def _save(images, prompts, seeds, settings, kind):

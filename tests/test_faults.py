@@ -19,7 +19,9 @@ COMMAND = [Path(sys.executable).parent/"mhrlhf", "generate", "--profile", "pocke
 def refusal(tmp_path, monkeypatch, capsys, *options):
     "Run the command in this process; it must end with code 2 and a message, before anything is made."
     monkeypatch.chdir(tmp_path)
-    assert main([*map(str, COMMAND[1:]), *options]) == 2
+    try: code = main([*map(str, COMMAND[1:]), *options])
+    except SystemExit as e: code = e.code   # options are refused by who reads them
+    assert code == 2
     said = capsys.readouterr()
     assert "Traceback" not in said.err + said.out and not list(tmp_path.glob("data/images/[!.]*"))
     return said.err
@@ -69,6 +71,18 @@ def test_missing_files_and_wrong_places(tmp_path, monkeypatch, capsys):
     assert (tmp_path/"file").read_text() == "kept"
     assert "weights of 'nowhere' are not on this machine" in refusal(tmp_path, monkeypatch, capsys, "--pipeline", "nowhere", "--limit", "1")
     for option in ("steps", "seeds", "batch", "processes"): assert f"{option} 0" in refusal(tmp_path, monkeypatch, capsys, f"--{option}", "0")
+
+def test_an_evaluation_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    from mhrlhf import evaluate
+    command = ["evaluate", "--profile", "pocket", *map(str, COMMAND[4:6]), "--prompts", str(ROOT/"data/prompts_heldout.csv"), "--output"]
+    def full(*a): raise OSError(errno.ENOSPC, "No space left on device", "a.png")
+    for name, there in dict(load_pipeline=None, load_adapter=None).items(): monkeypatch.setattr(evaluate, name, lambda *a: there)
+    monkeypatch.setattr(evaluate, "evaluate_pipeline", full)
+    (tmp_path/"file").write_text("kept")
+    assert main([*command, str(tmp_path/"file")]) == 2
+    assert "file: a file is in the place of a folder; move it away, then the same command goes on" in capsys.readouterr().err
+    assert main([*command, str(tmp_path/"new/folder")]) == 2 and (tmp_path/"new/folder").is_dir()
+    assert "a.png: the disk is full; free some space, then the same command goes on" in capsys.readouterr().err
 
 # One worker, in this process ---------------------------------------------------------------------------------
 
