@@ -46,7 +46,7 @@ def principal(
         return F.normalize(x.T @ vectors[:, -keep:].flip(1), dim=0)
     return torch.linalg.eigh(x.T @ x)[1][:, -keep:].flip(1)
 
-# %% ../nbs/41_reward.ipynb #0230c295
+# %% ../nbs/41_reward.ipynb #21c7b952
 def layout(
     patches: torch.Tensor,  # (n, t, p), tokens of a square grid
     powers: tuple = (1, 2, 4),  # of the squared distance from the row's ends
@@ -76,7 +76,7 @@ def ground(
 ) -> torch.Tensor:          # (n, BANDS p)
     "Mean token at the ends of the rows, band by band."
     side = math.isqrt(patches.shape[1]); ends = patches.float().view(len(patches), side, side, -1)[:, :, [0, -1]].mean(2)
-    return torch.cat([band.mean(1) for band in ends.tensor_split(BANDS, 1)], 1)
+    return F.adaptive_avg_pool1d(ends.transpose(1, 2), BANDS).transpose(1, 2).flatten(1)
 
 def summary(
     patches: torch.Tensor,  # (n, t, p), or a summary already
@@ -554,7 +554,7 @@ def table(self: RewardModel, features: Features) -> pd.DataFrame:  # n rows
     columns = {**dict(zip(self.aspects, mean.T.cpu().numpy())), **{f"{a}_uncertainty": s for a, s in zip(self.aspects, error.T.cpu().numpy())}}
     return pd.DataFrame({**columns, "composite": self.composite(mean).cpu().numpy()})
 
-# %% ../nbs/41_reward.ipynb #e6bb1459
+# %% ../nbs/41_reward.ipynb #4627a8e4
 def _checksum(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def save_model(
@@ -568,12 +568,12 @@ def save_model(
     for name, values in tensors.items():
         with atomic_path(folder / version / f"{name}.safetensors") as p: save_file({k: v.cpu().contiguous().clone() for k, v in values.items()}, p)
         files[name] = dict(file=f"{version}/{name}.safetensors", sha256=_checksum(folder / version / f"{name}.safetensors"))
-    write_json(folder / "reward_model.json", {**model.info, "files": files})
+    write_json(folder / "reward_model.json", {**model.info, "views": list(VIEWS), "files": files})
     for old in folder.glob("heads-*"):
         if old.name != version: shutil.rmtree(old, ignore_errors=True)
     return [folder / "reward_model.json", *(folder / f["file"] for f in files.values())]
 
-# %% ../nbs/41_reward.ipynb #14694290
+# %% ../nbs/41_reward.ipynb #f68f20ac
 def _read(folder, name, entry):
     path = Path(folder) / entry["file"]
     try: tensors = load_file(path)
@@ -591,6 +591,7 @@ def load(cls: RewardModel,
     "Load a model. Raises `InputError` if it is missing or damaged, or if the backbone is another one."
     if not (Path(folder) / "reward_model.json").exists(): raise InputError(f"{folder}: no reward model here; train one first (mhrlhf train-reward)")
     info = read_json(Path(folder) / "reward_model.json")
+    if info.get("views") != list(VIEWS): raise InputError(f"{folder}: made by another version of mhrlhf, whose heads read {info.get('views', 'something else')}, not {list(VIEWS)}; train again (mhrlhf train-reward)")
     backbone = backbone or load_backbone(info["backbone"], device)
     if backbone.identity != info["backbone_identity"]:
         raise InputError(f"{folder}: this reward model was trained on backbone {info['backbone']} ({info['backbone_identity']}), not on {backbone.name} ({backbone.identity}); use that one or train again (mhrlhf train-reward)")

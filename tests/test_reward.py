@@ -1,5 +1,6 @@
 "The reward model's faults: what is said, and that a sound model stays in place. Small heads on made-up features; the pocket's backbone only where files are read."
 from contextlib import chdir
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from mhrlhf.aspects import NAMES
 from mhrlhf.features import Features
 from mhrlhf.files import InputError, read_json, write_csv
 from mhrlhf.ratings import RatingStore, simulated_panel
+from mhrlhf import reward
 from mhrlhf.reward import RewardModel, rated_images, read_choices, run, save_model, train
 from mhrlhf.score import run as run_score
 from mhrlhf.settings import ScoreSettings, TrainRewardSettings
@@ -135,6 +137,17 @@ def test_features_that_are_no_numbers_are_refused(part):
 
 def test_another_backbone_is_refused(folder):
     with pytest.raises(InputError, match="made-up-1.*not on other .other-2."): load(folder, SimpleNamespace(name="other", identity="other-2", device=torch.device("cpu")))
+
+def test_a_model_of_another_version_is_refused(folder):
+    info = read_json(folder / "reward_model.json"); (folder / "reward_model.json").write_text(json.dumps(info | dict(views=["pooled", "layout"])))
+    with pytest.raises(InputError, match="another version of mhrlhf.*train again"): load(folder)
+
+def test_a_remade_image_is_not_saved_by_one_new_rating(tmp_path):
+    store = RatingStore(f"sqlite:///{tmp_path}/r.db")
+    for rater in ("ann", "bob"): store.add([dict(rater=rater, image_path="a.png", prompt_id="p0", aspect="style", value=5)])
+    first = store.history().created_at.iloc[0]
+    store.add([dict(rater="bob", image_path="a.png", prompt_id="p0", aspect="style", value=6)])
+    assert reward._oldest_counting(store)["a.png"] == first  # ann has not seen the new one
 
 @pytest.mark.parametrize("spoil, says", [
     (lambda p: p.write_bytes(p.read_bytes()[:-40]), "damaged"),
