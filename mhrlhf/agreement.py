@@ -7,16 +7,15 @@ __all__ = ['TARGET', 'FEW', 'MeanSquares', 'CannotTell', 'mean_squares', 'Interv
            'intraclass', 'krippendorff_alpha', 'within_group_agreement', 'disagreement_flags', 'verdict',
            'aspect_agreement', 'Agreement', 'agreement']
 
-# %% ../nbs/31_agreement.ipynb #2911aee5
-from dataclasses import dataclass, field
-from functools import cached_property
+# %% ../nbs/31_agreement.ipynb #5043ffa0
+from dataclasses import dataclass
 import math
 
 import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 
-from .ratings import ENOUGH, aspect_order, is_simulated, mean_ratings, simulated_panel, simulated_raters
+from .ratings import aspect_order, is_simulated
 
 # %% ../nbs/31_agreement.ipynb #a1f52805
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _simulate(store, images, settings):
     store.add(new, source="simulated")
     print(f"SIMULATED panel of {settings.simulate} raters (single-rater agreement about {settings.icc:g}, truth from the judge): {len(new):,} ratings stored")
 
-# %% ../nbs/37_annotate.ipynb #afdc99f8
+# %% ../nbs/37_annotate.ipynb #1e85213f
 def read_uncertainty(
     path,              # CSV with image_path and a column <aspect>_uncertainty or <aspect> for each aspect, in rating points
 ) -> pd.DataFrame:     # image_path × aspect, NaN where empty
@@ -78,7 +78,7 @@ def read_uncertainty(
     return pd.DataFrame.from_dict(found, orient="index")
 
 def assignment_path(
-    settings,  # `AnnotateSettings`
+    settings: AnnotateSettings,
 ) -> Path:
     "Where it stands who rates what."
     return Path(settings.assignment) if settings.assignment else settings.annotations.with_name("assignment.csv")
@@ -98,7 +98,7 @@ def _assign(store, images, settings):
         before = table
     if before is not None and len(before): print(progress(before, tidy))
 
-# %% ../nbs/37_annotate.ipynb #12e83167
+# %% ../nbs/37_annotate.ipynb #d9f2f1ae
 def _sheet(settings, images, store):
     "Write or read the sheet; returns its faults."
     existed = settings.annotations.exists()
@@ -109,8 +109,8 @@ def _sheet(settings, images, store):
     return faults
 
 def run(
-    settings,  # `AnnotateSettings`
-) -> int:      # exit code: 2 if the sheet has faults; what is good in it is stored all the same
+    settings: AnnotateSettings,
+) -> int:  # exit code: 2 if the sheet has faults; what is good in it is stored all the same
     "Steps 2 and 3: sheet out, ratings in, who rates what, completeness and agreement; on request the served panel. Raises `InputError`."
     images, store = read_metadata(settings.metadata), RatingStore(settings.database)
     faults = _sheet(settings, images, store)

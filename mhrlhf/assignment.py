@@ -6,7 +6,7 @@
 __all__ = ['VOTES_FOR_USUAL', 'parse_raters', 'turn_order', 'assign', 'progress', 'what_to_rate_next', 'assign_next',
            'calibration_images']
 
-# %% ../nbs/35_assignment.ipynb #d17fd37e
+# %% ../nbs/35_assignment.ipynb #a0ea11bd
 from collections import Counter, defaultdict
 import hashlib
 
@@ -16,7 +16,7 @@ import pandas as pd
 from .agreement import CannotTell, _codes, _rater_effects, mean_squares
 from .aspects import NAMES
 from .files import InputError
-from .raters import rater_profiles, true_scores
+from .raters import true_scores
 from .ratings import ASSIGNED
 
 # %% ../nbs/35_assignment.ipynb #851c68c2

@@ -6,10 +6,10 @@
 __all__ = ['label_studio_config', 'label_studio_tasks', 'write_label_studio', 'read_label_studio', 'label_studio_annotations',
            'argilla_settings', 'argilla_id', 'argilla_records', 'write_argilla', 'read_argilla', 'read_notes']
 
-# %% ../nbs/33_exchange.ipynb #f0ccf248
+# %% ../nbs/33_exchange.ipynb #01fda863
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
-import json, uuid
+import uuid
 
 import pandas as pd
 

@@ -6,11 +6,11 @@
 __all__ = ['GRID', 'LAYERS', 'Features', 'pooled', 'input_size', 'preprocess', 'to_pixels', 'encode_prompts', 'extract',
            'read_image', 'FeatureCache', 'extract_arrays']
 
-# %% ../nbs/40_features.ipynb #5431a0c8
+# %% ../nbs/40_features.ipynb #17004490
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-import hashlib, json, os, time
+import hashlib, json, os
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open

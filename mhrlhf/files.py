@@ -6,11 +6,11 @@
 __all__ = ['InputError', 'atomic_path', 'write_json', 'read_json', 'write_csv', 'inside', 'Row', 'read_table', 'raise_faults',
            'fingerprint']
 
-# %% ../nbs/00_files.ipynb #29f36185
+# %% ../nbs/00_files.ipynb #eaed4752
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-import csv, hashlib, io, json, os, re, tempfile
+import csv, hashlib, io, json, os, re
 
 # %% ../nbs/00_files.ipynb #49a5f8ec
 class InputError(ValueError):

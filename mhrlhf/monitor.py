@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['latest_figures', 'free_port', 'open_tensorboard', 'run']
 
-# %% ../nbs/63_monitor.ipynb #37d9cb26
-from dataclasses import dataclass
+# %% ../nbs/63_monitor.ipynb #920fc106
 from pathlib import Path
 import socket, time
 

@@ -6,10 +6,9 @@
 __all__ = ['ACTIONS', 'ANSWERS', 'MOVES', 'STEPS', 'rating_order', 'aspect_keys', 'Item', 'everything', 'assigned',
            'with_repeats', 'calibration_items', 'RatingSession', 'KeyListener', 'RatingPanel']
 
-# %% ../nbs/30_panel.ipynb #d9d53c45
+# %% ../nbs/30_panel.ipynb #a9ee681a
 from html import escape
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 import hashlib, time, uuid
 

@@ -6,9 +6,8 @@
 __all__ = ['figure', 'save_figure', 'picture_grid', 'scatter_per_aspect', 'residuals_per_aspect', 'reliability_per_aspect',
            'heat_maps', 'interval_bars', 'history_curves']
 
-# %% ../nbs/03_plots.ipynb #aae471ab
+# %% ../nbs/03_plots.ipynb #ca71035f
 from pathlib import Path
-import math
 
 import numpy as np
 

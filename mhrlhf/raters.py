@@ -7,21 +7,19 @@ __all__ = ['METHODS', 'FEW_REPEATS', 'TrueScores', 'true_scores', 'correlation_i
            'plot_raters', 'rater_consistency', 'plot_disputed', 'aspect_correlations', 'planned_interval',
            'PanelReport', 'panel_report']
 
-# %% ../nbs/32_raters.ipynb #9e8c5581
-from dataclasses import dataclass, replace
+# %% ../nbs/32_raters.ipynb #bc47ddbe
+from dataclasses import dataclass
 from html import escape
 import base64, io, math, textwrap
 
 import numpy as np
 import pandas as pd
-from scipy import stats
-
 from fastcore.basics import patch
 
 from .agreement import Agreement, CannotTell, Interval, MeanSquares, _codes, _rater_effects, agreement, disagreement_flags, icc_1, icc_2, mean_squares, step_up
 from .files import InputError, atomic_path, inside
 from .plots import figure
-from .ratings import aspect_order, is_simulated, mean_ratings, simulated_panel, simulated_raters
+from .ratings import aspect_order, is_simulated, mean_ratings
 
 # %% ../nbs/32_raters.ipynb #ae143a0d
 @dataclass(frozen=True)

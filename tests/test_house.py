@@ -114,6 +114,14 @@ def test_module_is_tidy(module):
             assert not imported & {"*", "pickle", "dill", "joblib", "shelve"}, ast.unparse(node)
         if isinstance(node, ast.Call): assert ast.unparse(node.func) not in ("torch.load", "torch.save", "eval", "exec"), f"line {node.lineno}: {ast.unparse(node)}"
 
+@pytest.mark.parametrize("module", MODULES, ids=names(MODULES))
+def test_module_imports_only_what_it_uses(module):
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    imported = {(a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    passed_on = {e.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__" for e in n.value.elts}
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | passed_on
+    assert not imported - used, f"{sorted(imported - used)}; what only a notebook's tests use belongs into its hidden import cell"
+
 # README, package, settings
 
 def test_readme_is_in_step_with_the_index():
@@ -135,6 +143,15 @@ def test_documents_name_only_commands_that_exist():
     texts = [source for n in NOTEBOOKS for kind, source in cells(n) if kind == "markdown"] + [(ROOT / "settings.ini").read_text()]
     named = {target for text in texts for target in re.findall(r"(?:`|^)make ([a-z][a-z-]+)", text, re.M)}
     assert named and named <= targets, sorted(named - targets)
+
+MACHINE_PATH = re.compile(r"(?<![\w.:/~*{}$-])/(tmp|home|root|work|Users|mnt|scratch|var/folders)/[\w.-]+")
+EXAMPLES = ("/tmp/pocket",)  # in commands that the documents show
+TEXTS = sorted(p for part in ("mhrlhf", "nbs", "data") for p in (ROOT / part).rglob("*") if p.suffix in (".py", ".json", ".ipynb", ".yml", ".csv", ".txt", ".md") and not any(q[0] in "._" for q in p.relative_to(ROOT / part).parts[:-1]))
+
+@pytest.mark.parametrize("path", TEXTS + [ROOT / name for name in ("README.md", "settings.ini", "pyproject.toml", "Makefile", "requirements.txt")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_knows_the_machine_that_made_it(path):
+    found = [m[0] for m in MACHINE_PATH.finditer(path.read_text(encoding="utf-8")) if m[0] not in EXAMPLES]
+    assert not found, f"{found[:3]}: paths are relative to the project, also in weights and outputs"
 
 def test_requirements_are_pinned_and_name_no_place():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
