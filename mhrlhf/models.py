@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['choose_device', 'choose_dtype', 'pocket_folder', 'fast_math', 'load_pipeline', 'Backbone', 'load_backbone']
 
-# %% ../nbs/02_models.ipynb #d14d8374
+# %% ../nbs/02_models.ipynb #5db1e892
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-import json
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel

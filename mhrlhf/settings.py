@@ -187,7 +187,7 @@ class MonitorSettings(Settings):
 class TestPipelineSettings(Settings):
     "The whole method on the pocket in ten minutes."
     output: Path = Path("outputs/test_pipeline")  # folder written; everything the run makes lies in it
-    prompts: int = 480        # prompts that get rated images
+    prompts: int = 720        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
     minutes: float = 4.0      # of tuning

@@ -77,7 +77,7 @@ def test_start_looks_at_100_000_images_in_seconds(tmp_path):
 def test_shipped_prompts():
     train, held_out = read_prompts(ROOT/"data/prompts.csv"), read_prompts(ROOT/"data/prompts_heldout.csv")
     texts, other = {p.prompt for p in train}, {p.prompt for p in held_out}
-    assert (len(texts), len(other)) == (480, 128) and not texts & other
+    assert (len(texts), len(other)) == (720, 128) and not texts & other
     assert not texts & unseen_captions() and len(other & unseen_captions()) == 64
     for prompts in (train, held_out):
         counts = np.bincount([parse_caption(p.prompt)[1] for p in prompts]); assert counts.min() == counts.max() and len(counts) == 4

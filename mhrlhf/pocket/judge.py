@@ -6,7 +6,7 @@
 __all__ = ['SOFT', 'TEMPERATURE', 'JudgeNet', 'to_tensor', 'judge_loss', 'spatial_score', 'iconographic_score', 'style_score',
            'palette', 'palette_distance', 'fidelity_score', 'material_score', 'Judge', 'load_judge', 'accuracy']
 
-# %% ../../nbs/pocket/71_judge.ipynb #5d051b59
+# %% ../../nbs/pocket/71_judge.ipynb #8a670088
 from functools import cache, reduce
 from importlib.resources import files
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .scenes import CONTINUOUS, OBJECTS, SCENES, STYLES, parse_caption, scene_batch, unseen_captions
+from .scenes import CONTINUOUS, OBJECTS, SCENES, STYLES, parse_caption
 
 # %% ../../nbs/pocket/71_judge.ipynb #25e1e7a5
 class JudgeNet(nn.Module):

@@ -7,8 +7,8 @@ __all__ = ['SIZE', 'STYLES', 'SCENES', 'OBJECTS', 'CONTINUOUS', 'VARIANTS', 'FAC
            'unseen_captions', 'Factors', 'draw_factors', 'sprite_sheet', 'ground', 'render', 'factor_words',
            'scene_batch', 'image_grid', 'build_sprite_sheet']
 
-# %% ../../nbs/pocket/70_scenes.ipynb #fc13085e
-from dataclasses import dataclass, replace, astuple
+# %% ../../nbs/pocket/70_scenes.ipynb #81794802
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 import math
