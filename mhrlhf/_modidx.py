@@ -96,7 +96,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mhrlhf.dspo.Text.with_empty': ('dspo.html#text.with_empty', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.Tuning': ('dspo.html#tuning', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.Tuning.alphas': ('dspo.html#tuning.alphas', 'mhrlhf/dspo.py'),
-                             'mhrlhf.dspo.Tuning.arithmetic': ('dspo.html#tuning.arithmetic', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.Tuning.size': ('dspo.html#tuning.size', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.TuningBar': ('dspo.html#tuningbar', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.TuningBar.__call__': ('dspo.html#tuningbar.__call__', 'mhrlhf/dspo.py'),

@@ -291,7 +291,7 @@ class Team:
         word = torch.tensor([flag], dtype=torch.int32, device=device); torch.distributed.broadcast(word, 0)
         return bool(word.item())
 
-# %% ../nbs/52_dspo.ipynb #6dce2439
+# %% ../nbs/52_dspo.ipynb #a1542348
 @dataclass
 class Tuning:
     "Everything a run carries from one rollout to the next."
@@ -312,8 +312,6 @@ class Tuning:
     @property
     def alphas(self): return self.pipe.scheduler.alphas_cumprod.to(self.pipe.device)
     @property
-    def arithmetic(self): return fast_math(self.pipe.device) if self.settings.dtype == "auto" else nullcontext()  # of gradients; samples are exact
-    @property
     def size(self):
         side = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         return self.settings.height or side, self.settings.width or side
@@ -328,7 +326,7 @@ def start(pipe, reward, prompts: list, settings: TrainDSPOSettings, watched: int
         for encoder in (pipe.text_encoder, pipe.text_encoder_2): encoder.to("cpu")
     return Tuning(pipe, reward, settings, parameters, optimizer, prompts, text, min(watched, len(prompts)), team, history=[])
 
-# %% ../nbs/52_dspo.ipynb #971b5094
+# %% ../nbs/52_dspo.ipynb #8d90f94f
 def watch_scores(run: Tuning) -> np.ndarray:  # (watched, aspects)
     "The heads' scores on the fixed prompts and seeds with the adapter as it is."
     mine = run.team.deal(run.watched); prompts = [run.prompts[i] for i in mine]
@@ -351,10 +349,10 @@ def wishes(run: Tuning, r: Rollout, weights, usual, rng) -> Tensor:  # (prompts,
     s, k = run.settings, r.latents.shape[1]
     n = len(r.prompts) * k; mine = run.team.deal(n)
     flat, each, shifts = r.latents.flatten(0, 1)[mine].float(), [r.prompts[i // k] for i in mine], rng.integers(-s.shift, s.shift + 1, (s.shifts, 2)).tolist()
-    with run.arithmetic: parts = [climb(run.pipe, run.reward, flat[i:i + 16], each[i:i + 16], weights, usual, s.climb, s.balance != "sum", shifts) for i in range(0, len(mine), 16)]
+    with fast_math(run.pipe.device) if s.dtype == "auto" else nullcontext(): parts = [climb(run.pipe, run.reward, flat[i:i + 16], each[i:i + 16], weights, usual, s.climb, s.balance != "sum", shifts) for i in range(0, len(mine), 16)]
     return run.team.gather(torch.cat(parts), n).unflatten(0, (-1, k))
 
-# %% ../nbs/52_dspo.ipynb #fab72484
+# %% ../nbs/52_dspo.ipynb #5775e219
 def pair_step(run: Tuning, r: Rollout, weights, chosen, generator) -> tuple:  # loss, predictions minus the reference's
     "A pair objective on the candidates of the chosen prompts."
     s, device, mine = run.settings, run.pipe.device, run.team.deal(len(chosen))
@@ -382,7 +380,7 @@ def update(run: Tuning, r: Rollout, weights, generator) -> dict:
     "One optimizer step on a few prompts of a rollout: its loss, the mean squared change of the predictions (since the rollout began; pair objectives: since the tuning began), and the gradient's norm."
     s = run.settings
     chosen = torch.randperm(len(r.prompts), generator=generator)[:s.prompts_per_update]
-    with run.arithmetic: loss, change = score_step(run, r, chosen, generator) if s.objective == "dspo-score" else pair_step(run, r, weights, chosen, generator)
+    loss, change = score_step(run, r, chosen, generator) if s.objective == "dspo-score" else pair_step(run, r, weights, chosen, generator)
     run.optimizer.zero_grad(set_to_none=True); loss.backward(); run.team.average_gradients(run.parameters)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, 1.).item()
     if not math.isfinite(norm): raise InputError(f"the gradient is no number in rollout {run.rollout}: the tuning diverged; lower --lr (now {s.lr:g}) or --strength ({s.strength:g}), and begin anew with --fresh")

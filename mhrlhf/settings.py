@@ -190,7 +190,7 @@ class TestPipelineSettings(Settings):
     prompts: int = 720        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
-    minutes: float = 4.0      # of tuning
+    minutes: float = 3.0      # of tuning
     processes: int = 2        # that generate, tune and evaluate
     fresh: bool = False       # start over instead of continuing
 
