@@ -141,12 +141,12 @@ class TrainDSPOSettings(SamplingSettings):
     prompts_per_rollout: int = 16  # prompts sampled at a time
     prompts_per_update: int = 4   # prompts of a rollout in one optimizer step, K images each
     rollouts: int = 20            # how often candidates are sampled afresh
-    updates: int = 12             # optimizer steps per rollout
+    updates: int = 18             # optimizer steps per rollout
     max_timestep: int = 810       # largest timestep trained on, of 1000; earlier ones bring more noise than direction
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
     patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    temperature: float = 1.0      # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
+    temperature: float = 0.5      # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
@@ -190,7 +190,7 @@ class TestPipelineSettings(Settings):
     prompts: int = 720        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
-    minutes: float = 3.0      # of tuning
+    minutes: float = 4.0      # of tuning
     processes: int = 2        # that generate, tune and evaluate
     fresh: bool = False       # start over instead of continuing
 
