@@ -135,7 +135,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mhrlhf.dspo.update': ('dspo.html#update', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.uphill': ('dspo.html#uphill', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.watch_scores': ('dspo.html#watch_scores', 'mhrlhf/dspo.py'),
-                             'mhrlhf.dspo.weights_of': ('dspo.html#weights_of', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.wishes': ('dspo.html#wishes', 'mhrlhf/dspo.py'),
                              'mhrlhf.dspo.work_in_group': ('dspo.html#work_in_group', 'mhrlhf/dspo.py')},
             'mhrlhf.evaluate': { 'mhrlhf.evaluate.Evaluation': ('evaluate.html#evaluation', 'mhrlhf/evaluate.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of', 'merged', 'Text', 'encode', 'conditions',
            'sample_latents', 'decode', 'recorded', 'sample_ways', 'Rollout', 'score_latents', 'pixel_gradients',
-           'uphill', 'climb', 'predict', 'pair_loss', 'guided', 'weights_of', 'Team', 'Tuning', 'start', 'watch_scores',
-           'candidates', 'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint',
-           'save_adapter', 'soft_minimum', 'TuningBar', 'learn', 'finish', 'work_in_group', 'run']
+           'uphill', 'climb', 'predict', 'pair_loss', 'guided', 'Team', 'Tuning', 'start', 'watch_scores', 'candidates',
+           'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint', 'save_adapter',
+           'soft_minimum', 'TuningBar', 'learn', 'finish', 'work_in_group', 'run']
 
 # %% ../nbs/52_dspo.ipynb #86890783
 from collections import Counter
@@ -98,19 +98,20 @@ def conditions(
     h, w = size
     return dict(text_embeds=text.pooled, time_ids=torch.tensor([h, w, 0, 0, h, w], dtype=text.pooled.dtype, device=text.pooled.device).expand(len(text.pooled), 6))
 
-# %% ../nbs/52_dspo.ipynb #9265af39
+# %% ../nbs/52_dspo.ipynb #81c5b80c
 @torch.no_grad()
 def sample_latents(
     pipe, text: Text,
     seeds: list,   # one per image
     settings,      # steps, guidance_scale, width, height, batch
+    merge: bool = True,  # the adapter first: faster, but in half precision it rounds
 ) -> Tensor:       # (n, c, h, w), scaled as the UNet sees them
     "One latent per encoded prompt and seed."
     def batch(part, seeds):
         negative = dict(negative_prompt_embeds=torch.zeros_like(part.embeds), negative_pooled_prompt_embeds=torch.zeros_like(part.pooled))
         return pipe(prompt_embeds=part.embeds, pooled_prompt_embeds=part.pooled, **negative, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="latent",
                     num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, width=settings.width or None, height=settings.height or None).images
-    with merged(pipe.unet): return torch.cat([batch(text[i:i + settings.batch], seeds[i:i + settings.batch]) for i in range(0, len(seeds), settings.batch)])
+    with merged(pipe.unet) if merge else nullcontext(): return torch.cat([batch(text[i:i + settings.batch], seeds[i:i + settings.batch]) for i in range(0, len(seeds), settings.batch)])
 
 def decode(
     pipe,
@@ -119,26 +120,28 @@ def decode(
     "Latents to pixels."
     return pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample.float() / 2 + .5
 
-# %% ../nbs/52_dspo.ipynb #e45c504d
+# %% ../nbs/52_dspo.ipynb #a7259f21
 @contextmanager
 def recorded(unet):
-    "Collects the UNet's noisy inputs and timesteps, inside the block, whatever the scheduler."
+    "Collects the UNet's noisy inputs, timesteps and predictions, inside the block, whatever the scheduler."
     seen = []
-    hook = unet.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    hook = unet.register_forward_hook(lambda module, args, out: seen.append((*args[:2], out[0])))
     try: yield seen
     finally: hook.remove()
 
 @torch.no_grad()
-def sample_ways(pipe, text: Text, seeds: list, settings) -> tuple:  # latents (n, c, h, w), states (n, steps, c, h, w), timesteps (steps,)
-    "As `sample_latents`, with what the UNet saw at every step."
-    latents, states = [], []
+def sample_ways(pipe, text: Text, seeds: list, settings) -> tuple:  # latents (n, c, h, w), states and predictions (n, steps, c, h, w), timesteps (steps,)
+    "As `sample_latents`, with what the UNet saw and said, guided, at every step."
+    latents, states, said, scale = [], [], [], settings.guidance_scale
     for i in range(0, len(seeds), settings.batch):
         rows = slice(i, i + settings.batch)
-        with recorded(pipe.unet) as seen: latents.append(sample_latents(pipe, text[rows], seeds[rows], settings))
-        states.append(torch.stack([z[-len(latents[-1]):] for z, _ in seen], 1))  # with guidance every image stands twice in a batch
-    return torch.cat(latents), torch.cat(states), torch.stack([torch.as_tensor(t) for _, t in seen])
+        with recorded(pipe.unet) as seen: latents.append(sample_latents(pipe, text[rows], seeds[rows], settings, pipe.unet.dtype == torch.float32))
+        n = len(latents[-1]); pairs = [(p[:n], p[-n:]) for _, _, p in seen]  # with guidance every image stands twice in a batch
+        states.append(torch.stack([z[-n:] for z, _, _ in seen], 1))
+        said.append(torch.stack([asked if scale <= 1 else empty + scale * (asked - empty) for empty, asked in pairs], 1).float())
+    return torch.cat(latents), torch.cat(states), torch.cat(said), torch.stack([torch.as_tensor(t) for _, t, _ in seen])
 
-# %% ../nbs/52_dspo.ipynb #42bc5941
+# %% ../nbs/52_dspo.ipynb #84f16c43
 @dataclass
 class Rollout:
     "K candidates for each of some prompts."
@@ -146,10 +149,10 @@ class Rollout:
     text: Text         # encoded, (prompts,)
     latents: Tensor    # (prompts, K, c, h, w)
     states: Tensor     # (prompts, K, steps, c, h, w): what the UNet saw on the way
+    said: Tensor       # (prompts, K, steps, c, h, w): the guided noise that it predicted there
     timesteps: Tensor  # (steps,)
     scores: Tensor = None  # (prompts, K, aspects), in rating units, for pairs
     wish: Tensor = None  # (prompts, K, c, h, w): where the heads want each candidate to go
-    maker: list = None   # the adapter's weights that made the candidates
 
 @torch.no_grad()
 def score_latents(pipe, reward, latents, prompts, batch=16):  # -> (n, aspects)
@@ -233,7 +236,7 @@ def pair_loss(p: Predictions, rollout_scores, weights, settings: TrainDSPOSettin
     wish = guard_winner(combine(gradients, weights), (z @ weights.to(z)).argmax(1))
     return (p.policy * wish.detach()).mean((1, 2, 3, 4)) + settings.distance * p.distance.pow(2).mean((1, 2, 3, 4))
 
-# %% ../nbs/52_dspo.ipynb #56f15af4
+# %% ../nbs/52_dspo.ipynb #600dcbaf
 def guided(
     pipe,
     noisy: Tensor,     # (n, c, h, w)
@@ -247,16 +250,6 @@ def guided(
     if scale <= 1: return ask(noisy, timestep, text)
     empty, asked = ask(torch.cat([noisy, noisy]), timestep.repeat(2), text.with_empty()).chunk(2)
     return empty + scale * (asked - empty)
-
-@contextmanager
-def weights_of(parameters, values):
-    "The parameters set to other values, inside the block."
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        with torch.no_grad(): torch._foreach_copy_([p.data for p in parameters], values)
-        yield
-    finally:
-        with torch.no_grad(): torch._foreach_copy_([p.data for p in parameters], kept)
 
 # %% ../nbs/52_dspo.ipynb #20aad1de
 @dataclass
@@ -326,7 +319,7 @@ def start(pipe, reward, prompts: list, settings: TrainDSPOSettings, watched: int
         for encoder in (pipe.text_encoder, pipe.text_encoder_2): encoder.to("cpu")
     return Tuning(pipe, reward, settings, parameters, optimizer, prompts, text, min(watched, len(prompts)), team, history=[])
 
-# %% ../nbs/52_dspo.ipynb #8d90f94f
+# %% ../nbs/52_dspo.ipynb #ba254592
 def watch_scores(run: Tuning) -> np.ndarray:  # (watched, aspects)
     "The heads' scores on the fixed prompts and seeds with the adapter as it is."
     mine = run.team.deal(run.watched); prompts = [run.prompts[i] for i in mine]
@@ -339,10 +332,10 @@ def candidates(run: Tuning, rng) -> Rollout:
     chosen = rng.choice(len(run.prompts), min(s.prompts_per_rollout, len(run.prompts)), replace=False).tolist()
     n = len(chosen) * s.candidates; seeds, mine = rng.integers(2 ** 31, size=n).tolist(), team.deal(n)
     each = [chosen[i // s.candidates] for i in mine]
-    latents, states, timesteps = sample_ways(run.pipe, run.text[each], [seeds[i] for i in mine], s)
+    latents, states, said, timesteps = sample_ways(run.pipe, run.text[each], [seeds[i] for i in mine], s)
     shaped = lambda part: team.gather(part, n).unflatten(0, (-1, s.candidates))
     scores = shaped(score_latents(run.pipe, run.reward, latents, [run.prompts[i] for i in each])) if s.objective in PAIR_OBJECTIVES else None
-    return Rollout([run.prompts[i] for i in chosen], run.text[chosen], shaped(latents), shaped(states), timesteps, scores)
+    return Rollout([run.prompts[i] for i in chosen], run.text[chosen], shaped(latents), shaped(states), shaped(said), timesteps, scores)
 
 def wishes(run: Tuning, r: Rollout, weights, usual, rng) -> Tensor:  # (prompts, K, c, h, w)
     "Where the heads want the candidates of a rollout to go, computed once and used at many timesteps."
@@ -352,7 +345,7 @@ def wishes(run: Tuning, r: Rollout, weights, usual, rng) -> Tensor:  # (prompts,
     with fast_math(run.pipe.device) if s.dtype == "auto" else nullcontext(): parts = [climb(run.pipe, run.reward, flat[i:i + 16], each[i:i + 16], weights, usual, s.climb, s.balance != "sum", shifts) for i in range(0, len(mine), 16)]
     return run.team.gather(torch.cat(parts), n).unflatten(0, (-1, k))
 
-# %% ../nbs/52_dspo.ipynb #5775e219
+# %% ../nbs/52_dspo.ipynb #286cc117
 def pair_step(run: Tuning, r: Rollout, weights, chosen, generator) -> tuple:  # loss, predictions minus the reference's
     "A pair objective on the candidates of the chosen prompts."
     s, device, mine = run.settings, run.pipe.device, run.team.deal(len(chosen))
@@ -369,11 +362,9 @@ def score_step(run: Tuning, r: Rollout, chosen, generator) -> tuple:  # loss, pr
     late = (r.timesteps.cpu() < s.max_timestep).nonzero().flatten()
     steps = late[torch.randint(len(late), rows.shape, generator=generator)]
     mine, share = run.team.deal(len(rows)), run.team.share(len(rows)).to(run.pipe.device); rows, steps = rows[mine], steps[mine]
-    noisy, timestep, text = r.states.flatten(0, 1)[rows, steps], r.timesteps[steps], r.text[rows // k]
+    noisy, before, timestep = r.states.flatten(0, 1)[rows, steps], r.said.flatten(0, 1)[rows, steps], r.timesteps[steps]
     alpha = run.alphas[timestep.long()].view(-1, 1, 1, 1).float()
-    ask = lambda: guided(run.pipe, noisy, timestep, text, run.size, s.guidance_scale)
-    with torch.no_grad(), weights_of(run.parameters, r.maker): before = ask()
-    now = ask()
+    now = guided(run.pipe, noisy, timestep, r.text[rows // k], run.size, s.guidance_scale)
     return (dspo_score(now, before, r.wish.flatten(0, 1)[rows], alpha, s.strength) * share).sum(), now - before
 
 def update(run: Tuning, r: Rollout, weights, generator) -> dict:
@@ -387,7 +378,7 @@ def update(run: Tuning, r: Rollout, weights, generator) -> dict:
     run.optimizer.step()
     return dict(loss=loss.item(), change=change.detach().pow(2).mean().item(), gradient=norm)
 
-# %% ../nbs/52_dspo.ipynb #52b66c4c
+# %% ../nbs/52_dspo.ipynb #36f72f88
 def tune(
     run: Tuning,
     over=lambda: False,  # asked before every update; True ends the run after a last measurement
@@ -406,7 +397,7 @@ def tune(
         if run.rollout >= s.rollouts or run.team.agree(over(), device): return
         rng = np.random.default_rng([s.seed, run.rollout])
         r = candidates(run, rng)
-        if s.objective == "dspo-score": r.wish, r.maker = wishes(run, r, weights, usual, rng), [p.detach().clone() for p in run.parameters]
+        if s.objective == "dspo-score": r.wish = wishes(run, r, weights, usual, rng)
         for i in range(s.updates):
             if run.team.agree(over(), device): break
             generator = torch.Generator().manual_seed(int(np.random.default_rng([s.seed, run.rollout, i]).integers(2 ** 62)))

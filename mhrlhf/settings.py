@@ -134,7 +134,7 @@ class TrainDSPOSettings(SamplingSettings):
     rank: int = 8                 # of the adapter
     lr: float = 5e-4              # AdamW learning rate of the adapter
     beta: float = 2000.0          # scale of the implicit preference u (pair objectives)
-    strength: float = 0.06        # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
+    strength: float = 0.12        # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
     climb: int = 3                # dspo-score: steps uphill from a candidate, the mean of which is the direction
     distance: float = 30.0        # weight of the squared distance to the reference (pair objectives)
     candidates: int = 4           # K images per prompt
@@ -146,7 +146,7 @@ class TrainDSPOSettings(SamplingSettings):
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
     patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    temperature: float = 0.5      # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
+    temperature: float = 0.3      # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
@@ -190,7 +190,7 @@ class TestPipelineSettings(Settings):
     prompts: int = 720        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 128        # prompts of the evaluation
-    minutes: float = 4.0      # of tuning
+    minutes: float = 3.5      # of tuning
     processes: int = 2        # that generate, tune and evaluate
     fresh: bool = False       # start over instead of continuing
 
