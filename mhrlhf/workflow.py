@@ -32,7 +32,7 @@ def stage_settings(
         "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", output=root / "evaluation", limit=s.heldout, processes=s.processes),
     }
 
-# %% ../nbs/80_workflow.ipynb #7d69187b
+# %% ../nbs/80_workflow.ipynb #3d57450c
 SHARES = {"generate": 200, "annotate": 8, "train-reward": 22, "train-dspo": 220, "evaluate": 65}  # seconds on two cores
 
 def _minutes(seconds): return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
