@@ -7,7 +7,7 @@ __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of'
            'sample_latents', 'decode', 'recorded', 'sample_ways', 'Rollout', 'score_latents', 'pixel_gradients',
            'uphill', 'climb', 'predict', 'pair_loss', 'guided', 'Team', 'Tuning', 'start', 'watch_scores', 'candidates',
            'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint', 'save_adapter',
-           'soft_minimum', 'TuningBar', 'learn', 'finish', 'work_in_group', 'run']
+           'soft_minimum', 'StageBar', 'learn', 'finish', 'work_in_group', 'run']
 
 # %% ../nbs/52_dspo.ipynb #86890783
 from collections import Counter
@@ -443,7 +443,7 @@ def soft_minimum(gains, temperature: float = .2) -> float:
     g = np.asarray(gains, float)
     return float(-temperature * np.log(np.mean(np.exp(-(g - g.min()) / temperature))) + g.min())
 
-# %% ../nbs/52_dspo.ipynb #edf46825
+# %% ../nbs/52_dspo.ipynb #780062bd
 def _log(writer, run: Tuning, state):
     step = state["rollout"] * run.settings.updates + state.get("update", 0)
     if "update" in state:
@@ -455,21 +455,22 @@ def _log(writer, run: Tuning, state):
 def _gains_line(run: Tuning, gains: Gains):
     return "heads' gains so far (sd): " + "  ".join(f"{n} {g:+.2f}" for n, g in zip(run.reward.aspects, gains.mean))
 
-class TuningBar:
-    "Draws a run's progress: a line of text, or how many updates are done."
-    def __init__(self): self.bar = None
+class StageBar:
+    "Draws a stage's progress: a line of text, or how much is done, with what else is told behind it."
+    def __init__(self, desc: str, unit: str): self.desc, self.unit, self.bar = desc, unit, None
     def __call__(self, figures):
         from tqdm.auto import tqdm
         if "line" in figures:
             if self.bar: self.bar.clear()
             print(figures["line"], flush=True); return
-        if self.bar is None: self.bar = tqdm(total=figures["total"], initial=figures["done"], desc="tuning", unit="update", mininterval=1)
-        self.bar.update(figures["done"] - self.bar.n)
-        self.bar.set_postfix(rollout=figures["rollout"], change=f"{figures['change']:.4f}", refresh=False)
+        done, total, more = figures["done"], figures["total"], {k: v for k, v in figures.items() if k not in ("done", "total")}
+        if self.bar is None: self.bar = tqdm(total=total, initial=done, desc=self.desc, unit=self.unit, mininterval=1)
+        self.bar.update(done - self.bar.n)
+        if more: self.bar.set_postfix(more, refresh=False)
     def close(self):
         if self.bar: self.bar.close()
 
-# %% ../nbs/52_dspo.ipynb #6b8cfdee
+# %% ../nbs/52_dspo.ipynb #3165da85
 def learn(run: Tuning, folder, show, began=None):
     "Tune with checkpoints, curves and the neglect guard; the pipeline ends with the best adapter. Returns why it stopped."
     from torch.utils.tensorboard import SummaryWriter
@@ -485,7 +486,7 @@ def learn(run: Tuning, folder, show, began=None):
         for state in tune(run, over):
             if first: _log(writer, run, state)
             if "update" in state:
-                show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", change=state["change"])); continue
+                show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", change=f"{state['change']:.4f}")); continue
             show(dict(line=_gains_line(run, state["gains"]))); checkpoint("latest.safetensors")
             if soft_minimum(state["gains"].mean) >= best: best = soft_minimum(state["gains"].mean); checkpoint("best.safetensors")
             fallen = low(state["gains"])
@@ -520,7 +521,7 @@ def finish(run: Tuning, folder, why) -> list:
     files += [folder / "dspo.json", save_figure(history_curves(table, list(run.reward.aspects), "rollout", "gain by the heads (sd of the base)"), folder / "gains.png")]
     return files
 
-# %% ../nbs/52_dspo.ipynb #643e774c
+# %% ../nbs/52_dspo.ipynb #110f790c
 def work_in_group(settings: TrainDSPOSettings, show):
     "Tune as one of the processes that accelerate started, or alone; process 0 writes and speaks."
     began, (rank, world, _) = time.time(), join_group()
@@ -547,7 +548,7 @@ def _plan(t: Tuning):
 def run(settings: TrainDSPOSettings) -> int:
     "The stage `train-dspo`. Raises `InputError` for what the user can mend."
     read_prompts(settings.prompts)  # bad prompts are told before anything is loaded
-    bar = TuningBar()
+    bar = StageBar("tuning", "update")
     try:
         if settings.processes == 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1: work_in_group(settings, bar)
         elif trouble := launch("train-dspo", settings, bar): raise InputError(f"{trouble}; the same command goes on from the last checkpoint")

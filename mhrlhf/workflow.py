@@ -33,7 +33,7 @@ def stage_settings(
     }
 
 # %% ../nbs/80_workflow.ipynb #3d57450c
-SHARES = {"generate": 200, "annotate": 8, "train-reward": 22, "train-dspo": 220, "evaluate": 65}  # seconds on two cores
+SHARES = {"generate": 200, "annotate": 8, "train-reward": 22, "train-dspo": 220, "evaluate": 75}  # seconds on two cores
 
 def _minutes(seconds): return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
