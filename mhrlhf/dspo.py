@@ -7,9 +7,9 @@ __all__ = ['ADAPTER', 'ATTENTION', 'CONVOLUTIONS', 'add_adapter', 'reference_of'
            'sample_latents', 'decode', 'recorded', 'sample_ways', 'Rollout', 'score_latents', 'pixel_gradients',
            'uphill', 'climb', 'predict', 'pair_loss', 'guided', 'Team', 'Tuning', 'start', 'watch_scores', 'candidates',
            'wishes', 'pair_step', 'score_step', 'update', 'tune', 'save_checkpoint', 'load_checkpoint', 'save_adapter',
-           'soft_minimum', 'StageBar', 'learn', 'finish', 'work_in_group', 'run']
+           'soft_minimum', 'learn', 'finish', 'work_in_group', 'run']
 
-# %% ../nbs/52_dspo.ipynb #86890783
+# %% ../nbs/52_dspo.ipynb #12d186be
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from .balance import Gains, combine, dynamic_weights, equal_heads, guard_winner, head_gradients, neglected, paired_gains, pair_weights, standardise_groups, unit_rms
 from .files import InputError, atomic_path, fingerprint, read_json, write_json
-from .generate import image_seed, join_group, launch, one_thread, plain_faults, read_prompts
-from .models import fast_math, load_pipeline
+from .generate import Progress, image_seed, join_group, launch, one_thread, plain_faults, read_prompts
+from .models import fast_math, faster_products, load_pipeline
 from .objectives import PAIR_OBJECTIVES, Predictions, dspo_score
 from .reward import RewardModel
 from .settings import TrainDSPOSettings
 
-# %% ../nbs/52_dspo.ipynb #050e67c2
+# %% ../nbs/52_dspo.ipynb #00f47c9c
 ADAPTER = "default"  # the name that stock diffusers and peft expect
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -48,6 +48,7 @@ def add_adapter(
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", init_lora_weights="gaussian", target_modules=targets), ADAPTER)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for p in parameters: p.data = p.data.float()
+    faster_products(unet)  # the adapter's own layers as well
     return parameters
 
 @contextmanager
@@ -443,7 +444,7 @@ def soft_minimum(gains, temperature: float = .2) -> float:
     g = np.asarray(gains, float)
     return float(-temperature * np.log(np.mean(np.exp(-(g - g.min()) / temperature))) + g.min())
 
-# %% ../nbs/52_dspo.ipynb #780062bd
+# %% ../nbs/52_dspo.ipynb #1e3ff35a
 def _log(writer, run: Tuning, state):
     step = state["rollout"] * run.settings.updates + state.get("update", 0)
     if "update" in state:
@@ -454,21 +455,6 @@ def _log(writer, run: Tuning, state):
 
 def _gains_line(run: Tuning, gains: Gains):
     return "heads' gains so far (sd): " + "  ".join(f"{n} {g:+.2f}" for n, g in zip(run.reward.aspects, gains.mean))
-
-class StageBar:
-    "Draws a stage's progress: a line of text, or how much is done, with what else is told behind it."
-    def __init__(self, desc: str, unit: str): self.desc, self.unit, self.bar = desc, unit, None
-    def __call__(self, figures):
-        from tqdm.auto import tqdm
-        if "line" in figures:
-            if self.bar: self.bar.clear()
-            print(figures["line"], flush=True); return
-        done, total, more = figures["done"], figures["total"], {k: v for k, v in figures.items() if k not in ("done", "total")}
-        if self.bar is None: self.bar = tqdm(total=total, initial=done, desc=self.desc, unit=self.unit, mininterval=1)
-        self.bar.update(done - self.bar.n)
-        if more: self.bar.set_postfix(more, refresh=False)
-    def close(self):
-        if self.bar: self.bar.close()
 
 # %% ../nbs/52_dspo.ipynb #3165da85
 def learn(run: Tuning, folder, show, began=None):
@@ -521,7 +507,7 @@ def finish(run: Tuning, folder, why) -> list:
     files += [folder / "dspo.json", save_figure(history_curves(table, list(run.reward.aspects), "rollout", "gain by the heads (sd of the base)"), folder / "gains.png")]
     return files
 
-# %% ../nbs/52_dspo.ipynb #110f790c
+# %% ../nbs/52_dspo.ipynb #e9911397
 def work_in_group(settings: TrainDSPOSettings, show):
     "Tune as one of the processes that accelerate started, or alone; process 0 writes and speaks."
     began, (rank, world, _) = time.time(), join_group()
@@ -548,7 +534,7 @@ def _plan(t: Tuning):
 def run(settings: TrainDSPOSettings) -> int:
     "The stage `train-dspo`. Raises `InputError` for what the user can mend."
     read_prompts(settings.prompts)  # bad prompts are told before anything is loaded
-    bar = StageBar("tuning", "update")
+    bar = Progress("updates")
     try:
         if settings.processes == 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1: work_in_group(settings, bar)
         elif trouble := launch("train-dspo", settings, bar): raise InputError(f"{trouble}; the same command goes on from the last checkpoint")

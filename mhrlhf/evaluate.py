@@ -6,7 +6,7 @@
 __all__ = ['compare', 'add_composite', 'Evaluation', 'grid', 'choose_judge', 'evaluate_pipeline', 'judged', 'write_evaluation',
            'work_in_group', 'run']
 
-# %% ../nbs/61_evaluate.ipynb #c7d5b4a7
+# %% ../nbs/61_evaluate.ipynb #57580908
 from dataclasses import dataclass
 from pathlib import Path
 import os
@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .dspo import StageBar, Team
+from .dspo import Team
 from .files import InputError, write_json
-from .generate import image_seed, join_group, launch, one_thread, plain_faults, read_prompts, sample_images, write_image
+from .generate import Progress, image_seed, join_group, launch, one_thread, plain_faults, read_prompts, sample_images, write_image
 from .inference import load_adapter
 from .models import load_pipeline
 from .plots import interval_bars, picture_grid, save_figure
@@ -118,7 +118,7 @@ def choose_judge(
     reward = RewardModel.load(reward_model)
     return "heads", lambda images, texts: reward.score(images, texts)[list(reward.aspects)], reward.weights.tolist()
 
-# %% ../nbs/61_evaluate.ipynb #d4523e67
+# %% ../nbs/61_evaluate.ipynb #14682ae2
 def evaluate_pipeline(
     pipe,            # with an adapter loaded
     prompts: list,   # of `generate.Prompt`
@@ -129,7 +129,7 @@ def evaluate_pipeline(
     "Sample both models on the same prompts and seeds, and compare."
     pairs = [p for p in prompts for _ in range(settings.seeds)]
     seeds = [image_seed(p.prompt_id, s) for p in prompts for s in range(settings.seeds)]
-    mine, bar = team.deal(len(pairs)), None if show else StageBar("sampling base and tuned", "image")
+    mine, bar = team.deal(len(pairs)), None if show else Progress()
     def sample(done):
         made = []
         for i in range(0, len(mine), settings.batch):
@@ -158,7 +158,7 @@ def judged(base, tuned, pairs, settings) -> Evaluation:
     scores = pd.DataFrame(dict(prompt=texts, base=before["composite"], tuned=after["composite"]))
     return Evaluation(compare(before, after, groups), pd.DataFrame(per).T, name, pairs, base, tuned, scores)
 
-# %% ../nbs/61_evaluate.ipynb #422ef39a
+# %% ../nbs/61_evaluate.ipynb #38cb9862
 def write_evaluation(e: Evaluation, folder) -> list:
     "Images, tables and pictures; returns the files."
     folder = Path(folder)
@@ -186,7 +186,7 @@ def work_in_group(settings: EvaluateSettings, show):
 def run(settings: EvaluateSettings) -> int:
     "The stage `evaluate`. Raises `InputError` for what the user can mend."
     read_prompts(settings.prompts, settings.limit)  # bad prompts are told before anything is loaded
-    bar = StageBar("sampling base and tuned", "image")
+    bar = Progress()
     try:
         if settings.processes == 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1: work_in_group(settings, bar)
         elif trouble := launch("evaluate", settings, bar): raise InputError(trouble)

@@ -6,7 +6,7 @@
 __all__ = ['METADATA_COLUMNS', 'PART', 'Prompt', 'read_prompts', 'image_seed', 'Sampler', 'guided_until', 'deep_cache',
            'image_is_sound', 'sample_images', 'unread_words', 'warn_of_long_prompts', 'estimate_memory', 'memory_note',
            'read_metadata', 'write_image', 'image_row', 'append_rows', 'Task', 'plan_tasks', 'missing_images',
-           'sweep_parts', 'settings_hash', 'order_metadata', 'Queue', 'Writer', 'work', 'progress_line', 'ProgressLine',
+           'sweep_parts', 'settings_hash', 'order_metadata', 'Queue', 'Writer', 'work', 'progress_line', 'Progress',
            'join_group', 'one_thread', 'work_in_group', 'plain_faults', 'launched_worker', 'launch', 'prepare', 'run']
 
 # %% ../nbs/10_generate.ipynb #b177d3c7
@@ -252,18 +252,15 @@ def _peak_bytes(network, call):
     with torch.no_grad(), Live() as mode: call()
     return mode.peak
 
-# %% ../nbs/10_generate.ipynb #a5ab2950
-_CONFIGURED = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-
+# %% ../nbs/10_generate.ipynb #e9d45f0a
 def _on_meta(where, vae, dtype):
     "The networks of a pipeline without their weights, by name."
     import diffusers, torch, transformers
     parts = {}
     with torch.device("meta"):
-        for name, kind in _CONFIGURED.items():
-            source = dict(pretrained_model_name_or_path=vae) if name == "vae" and vae else dict(pretrained_model_name_or_path=where, subfolder=name)
-            cls = getattr(diffusers, kind)
-            parts[name] = cls.from_config(cls.load_config(**source)).to(dtype)
+        for name in ("unet", "vae"):
+            config = diffusers.UNet2DConditionModel.load_config(**(dict(pretrained_model_name_or_path=vae) if name == "vae" and vae else dict(pretrained_model_name_or_path=where, subfolder=name)))
+            parts[name] = getattr(diffusers, config["_class_name"]).from_config(config).to(dtype)
         for name, cls in dict(text_encoder=transformers.CLIPTextModel, text_encoder_2=transformers.CLIPTextModelWithProjection).items():
             parts[name] = cls(transformers.CLIPTextConfig.from_pretrained(where, subfolder=name)).to(dtype)
     return parts
@@ -276,17 +273,16 @@ def _unet_inputs(unet, images, width, height, dtype):
     return (empty(images, c.in_channels, height, width), torch.empty((), device="meta"), empty(images, 77, c.cross_attention_dim)), dict(
         added_cond_kwargs=dict(text_embeds=empty(images, pooled), time_ids=empty(images, 6)))
 
-# %% ../nbs/10_generate.ipynb #ce541d41
+# %% ../nbs/10_generate.ipynb #b06a313c
 def estimate_memory(
     settings,        # a `SamplingSettings`
     batch: int = 1,  # images per forward pass
 ) -> dict:           # GB (2**30 bytes): weights, unet, vae and total at its highest moment
     "What sampling will need, from the configuration files alone. Raises `InputError` if they are not there."
     import torch
-    from mhrlhf.models import _missing, choose_device, choose_dtype, pocket_folder
+    from mhrlhf.models import _missing, choose_device, choose_dtype, where_is
     dtype = choose_dtype(settings.dtype, device := choose_device(settings.device))
-    where = str(pocket_folder("sdxl")) if settings.pipeline == "pocket" else settings.pipeline
-    try: parts = _on_meta(where, settings.vae, dtype)
+    try: parts = _on_meta(where_is(settings.pipeline), where_is(settings.vae), dtype)
     except (OSError, ValueError) as e: raise _missing(settings.pipeline, e) from None
     unet, vae = parts["unet"], parts["vae"]
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -584,34 +580,39 @@ def _make(sampler, batch, last, writer, rank):
     for t, image, ok in zip(batch, images, sound): writer.write(image, _task_row(t, sampler.settings, image, seconds, str(sampler.device), rank, ok))
     return sum(sound)
 
-# %% ../nbs/10_generate.ipynb #dc44e8e8
+# %% ../nbs/10_generate.ipynb #551fcdff
 def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 def progress_line(
-    figures: dict,  # done, total, each (done by each worker), failed, seconds
+    figures: dict,  # done, total, seconds since the start; where known: each (done by each worker), failed, before (done by an earlier run), anything else to tell
+    unit: str = "images",
 ) -> str:
     "How far a run is, how fast, and how long it will take."
-    done, total, seconds = figures["done"], figures["total"], max(figures["seconds"], 1e-9)
-    rate = done / seconds
-    left = _clock((total - done) / rate) if rate else "unknown"
-    parts = [f"{done}/{total} images", f"{60 * rate:.0f}/min", f"{left} left" if done < total else f"in {_clock(seconds)}"]
-    if len(figures["each"]) > 1: parts.append("by worker: " + " ".join(map(str, figures["each"])))
-    if figures["failed"]: parts.append(f"{figures['failed']} FAILED")
-    return " · ".join(parts)
+    from tqdm import tqdm
+    known = dict(each=(), failed=0, before=0) | figures
+    done, total, seconds, each, failed, before = (known.pop(k) for k in ("done", "total", "seconds", "each", "failed", "before"))
+    rate = (done - before) / max(seconds, 1e-9)
+    parts = [tqdm.format_meter(done, total, seconds, bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} ") + unit]
+    if rate: parts += [f"{60 * rate:.0f}/min", f"{_clock((total - done) / rate)} left" if done < total else f"in {_clock(seconds)}"]
+    if len(each) > 1: parts.append("by worker: " + " ".join(map(str, each)))
+    if failed: parts.append(f"{failed} FAILED")
+    return " · ".join(parts + [f"{k} {v}" for k, v in known.items()])
 
-# %% ../nbs/10_generate.ipynb #f5beccd5
+# %% ../nbs/10_generate.ipynb #ccad824f
 def _in_notebook():
     ipython = sys.modules.get("IPython")
     return bool(ipython and ipython.get_ipython())
 
-class ProgressLine:
-    "Shows how far a run is, in place where that is possible."
-    def __init__(self): self.handle, self.shown_at, self.done, self.width = None, 0., -1, 0
+class Progress:
+    "Shows what a stage reports: figures of `progress_line`, or a line of text."
+    def __init__(self, unit: str = "images"): self.unit, self.handle, self.shown_at, self.done, self.width, self.first = unit, None, 0., -1, 0, None
     def __call__(self, figures):
+        if "line" in figures: self._clear(); print(figures["line"], flush=True); return
+        if self.first is None: self.first = figures["done"], time.time()
         final, pause = figures["done"] >= figures["total"], 1 if _in_notebook() or sys.stdout.isatty() else 10
         if figures["done"] == self.done or not final and time.time() - self.shown_at < pause: return
         self.done, self.shown_at = figures["done"], time.time()
-        self._show(progress_line(figures))
+        self._show(progress_line(dict(before=self.first[0], seconds=time.time() - self.first[1]) | figures if "seconds" not in figures else figures, self.unit))
 
     def _show(self, line):
         if _in_notebook():
@@ -620,6 +621,9 @@ class ProgressLine:
             else: self.handle = display({"text/plain": line}, raw=True, display_id=True)
         elif sys.stdout.isatty(): print(f"\r{line:<{self.width}}", end="", flush=True); self.width = max(self.width, len(line))
         else: print(line, flush=True)
+
+    def _clear(self):
+        if self.width: print(f"\r{'':<{self.width}}\r", end="", flush=True)
 
     def close(self):
         if self.width: print(flush=True)
@@ -815,7 +819,7 @@ def _finish(settings, tasks, trouble):
     print(f"{len(tasks) - len(left)} of {len(tasks)} images are in {settings.images}, a row for each in {settings.metadata}")
     return 1 if left else 0
 
-# %% ../nbs/10_generate.ipynb #657f5bdc
+# %% ../nbs/10_generate.ipynb #b2cefc18
 def run(
     settings: GenerateSettings,
 ) -> int:  # exit code: 1 if an image could not be made
@@ -826,7 +830,7 @@ def run(
         tasks, missing = prepare(settings)
         workers = f"{settings.processes} workers" if settings.processes > 1 else "1 worker"
         print(f"{len(tasks)} images of {len(tasks) // settings.seeds} prompts: {len(tasks) - len(missing)} are there" + (f", {len(missing)} to make by {workers}" if missing else ""), flush=True)
-        show, trouble = ProgressLine(), ""
+        show, trouble = Progress(), ""
         try:
             if missing and settings.processes > 1: trouble = _launch_until_done(settings, missing, show)
             elif missing:
@@ -838,7 +842,7 @@ def run(
 def _run_in_group(settings):
     "The same for a process that the user's own `accelerate launch` started, on one node of many."
     if os.environ["RANK"] != "0": work_in_group(settings); return 0
-    show = ProgressLine()
+    show = Progress()
     with plain_faults(), _only_run(settings.images):
         work_in_group(settings, show); show.close()
         return _finish(settings, plan_tasks(settings), "")

@@ -30,12 +30,12 @@ class Settings:
     "What the settings of all stages have in common: none of their numbers is too small, else `InputError`."
     def __post_init__(self): raise_faults([f"{name.replace('_', '-')} {value}: {why}" for name, value in vars(self).items() if (why := _too_small(name, value))])
 
-# %% ../nbs/01_settings.ipynb #3dfb229f
+# %% ../nbs/01_settings.ipynb #1bdd1ff6
 @dataclass(frozen=True)
 class PipelineSettings(Settings):
     "Which image model."
     pipeline: str = "pocket"  # "pocket", a local folder, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0
-    vae: str = ""             # replaces the pipeline's VAE (folder or hub id); SDXL's own overflows in fp16
+    vae: str = ""             # replaces the pipeline's VAE (folder or hub id); SDXL's own overflows in fp16. LOSSY with a tiny one, for previews: madebyollin/taesdxl, or pocket-tiny
     device: str = "auto"      # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
 
@@ -110,7 +110,7 @@ class TrainRewardSettings(Settings):
     soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #bcd02c87
+# %% ../nbs/01_settings.ipynb #64ba4ee8
 @dataclass(frozen=True)
 class ScoreSettings(Settings):
     "Rate images with the reward heads."
@@ -182,7 +182,7 @@ class MonitorSettings(Settings):
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../nbs/01_settings.ipynb #c23fdf5e
+# %% ../nbs/01_settings.ipynb #69f15eb1
 @dataclass(frozen=True)
 class TestPipelineSettings(Settings):
     "The whole method on the pocket in ten minutes."

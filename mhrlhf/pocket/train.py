@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'CLIP_MEAN', 'CLIP_STD', 'Recipe', 'fit', 'watch', 'build_tokenizer', 'build_vae', 'image_loss',
-           'vae_scenes', 'train_vae', 'build_text_encoders', 'build_unet', 'build_pipeline', 'save_pipeline',
-           'cache_latents', 'encode_text', 'train_unet', 'decoded_scenes', 'train_judge', 'clip_config', 'save_clip',
-           'position_waves', 'build_clip', 'WordReader', 'clip_captions', 'clip_batch', 'contrast', 'train_clip',
-           'save_judge', 'build', 'reconstruction_error', 'obedience', 'main', 'check']
+           'vae_scenes', 'train_vae', 'build_tiny_vae', 'decoded_latents', 'train_tiny_vae', 'build_text_encoders',
+           'build_unet', 'build_pipeline', 'save_pipeline', 'cache_latents', 'encode_text', 'train_unet',
+           'decoded_scenes', 'train_judge', 'clip_config', 'save_clip', 'position_waves', 'build_clip', 'WordReader',
+           'clip_captions', 'clip_batch', 'contrast', 'train_clip', 'save_judge', 'build', 'reconstruction_error',
+           'obedience', 'main', 'check']
 
 # %% ../../nbs/pocket/72_train.ipynb #c009903b
 from dataclasses import dataclass, asdict, replace
@@ -23,7 +24,7 @@ from ..models import fast_math
 from .scenes import FACTOR_WORDS, OBJECTS, SCENES, STYLES, caption, draw_factors, factor_words, parse_caption, render, scene_batch
 from .judge import SOFT, JudgeNet, judge_loss, to_tensor
 
-# %% ../../nbs/pocket/72_train.ipynb #fc1e002e
+# %% ../../nbs/pocket/72_train.ipynb #12f188f2
 @dataclass(frozen=True)
 class Recipe:
     "How long and how wide: one training of all parts."
@@ -38,10 +39,11 @@ class Recipe:
     unet_steps: tuple = (5500, 2600, 2000)  # of 32 latents; each round with its own schedule
     unet_channels: tuple = (64, 128)
     unet_layers: int = 1
+    tiny_steps: int = 4000       # of 32 cached latents, for the decoder of previews
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
 
 RECIPES = {"cpu": Recipe(),
-           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, bank=128, vae_steps=(12,), vae_channels=(8, 16, 16), scenes=128, unet_steps=(12,), unet_channels=(32, 64))}
+           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, bank=128, vae_steps=(12,), vae_channels=(8, 16, 16), scenes=128, unet_steps=(12,), unet_channels=(32, 64), tiny_steps=12)}
 
 # %% ../../nbs/pocket/72_train.ipynb #b87b2881
 def fit(
@@ -128,6 +130,35 @@ def train_vae(r: Recipe, log):
     with torch.no_grad(): latents = vae.encode(vae_scenes(256, rng)).latent_dist.sample()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return vae.eval().to(memory_format=torch.contiguous_format)
+
+# %% ../../nbs/pocket/72_train.ipynb #d4b75487
+def build_tiny_vae(channels=(32, 32, 32)):
+    "An `AutoencoderTiny` for the same latents, already scaled."
+    from diffusers import AutoencoderTiny
+    return AutoencoderTiny(encoder_block_out_channels=channels, decoder_block_out_channels=channels, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(3, 2, 1))
+
+@torch.no_grad()
+def decoded_latents(vae, n: int, rng):
+    "Scaled latents of fresh scenes, and what the decoder makes of them: (n, 4, 16, 16), (n, 3, 64, 64)."
+    latents, images = [], []
+    for start in range(0, n, 32):
+        with fast_math():
+            z = vae.encode(vae_scenes(min(32, n - start), rng)).latent_dist.sample()
+            images.append(vae.decode(z).sample.float().contiguous())
+        latents.append(z.float().contiguous() * vae.config.scaling_factor)
+    return torch.cat(latents), torch.cat(images)
+
+def train_tiny_vae(r: Recipe, vae, log):
+    "Train the small autoencoder to do as the large one does."
+    torch.manual_seed(r.seed); rng = np.random.default_rng([r.seed, 6])
+    (latents, images), tiny = decoded_latents(vae, r.bank, rng), build_tiny_vae().to(memory_format=torch.channels_last)
+    def loss_of(step):
+        rows = torch.from_numpy(rng.integers(len(latents), size=32))
+        z, x = latents[rows].contiguous(memory_format=torch.channels_last), images[rows].contiguous(memory_format=torch.channels_last)
+        with fast_math(): output, back = tiny.decode(z).sample, tiny.encode(x).latents
+        return image_loss(output.float(), x) + .1 * F.mse_loss(back.float(), z)
+    watch("tiny vae", fit(tiny, loss_of, r.tiny_steps, 2e-3, decay=.9995), log, every=100)
+    return tiny.eval().to(memory_format=torch.contiguous_format)
 
 # %% ../../nbs/pocket/72_train.ipynb #eeef472c
 def build_text_encoders(tokens: int = 8192):
@@ -338,7 +369,7 @@ def train_clip(r: Recipe, pipe, log):
     watch("clip", fit(torch.nn.ModuleList([model, reader]), loss_of, r.clip_steps, 1e-3, weight_decay=.1), log)
     return model.eval(), tokenizer
 
-# %% ../../nbs/pocket/72_train.ipynb #3ec42cef
+# %% ../../nbs/pocket/72_train.ipynb #c895c2eb
 def save_judge(net, folder):
     "Write the judge's weights."
     from safetensors.torch import save_file
@@ -361,6 +392,7 @@ def build(
         train_unet(r, AutoencoderKL.from_pretrained(folder / "vae"), log, folder / "unfinished")
         (folder / "unfinished").rename(folder / "sdxl"); shutil.rmtree(folder / "vae")
     pipe = StableDiffusionXLPipeline.from_pretrained(folder / "sdxl", torch_dtype=torch.float32)
+    if not (folder / "tiny_vae").exists(): say("tiny autoencoder"); train_tiny_vae(r, pipe.vae, log).half().save_pretrained(folder / "tiny_vae")
     if not (folder / "judge.safetensors").exists(): say("judge"); save_judge(train_judge(r, pipe, log), folder)
     if not (folder / "openclip").exists(): say("openclip"); save_clip(*train_clip(r, pipe, log), folder / "openclip", r.vocabulary)
 
