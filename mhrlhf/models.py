@@ -57,7 +57,7 @@ def fast_math(device: torch.device = torch.device("cpu")):
     if device.type != "cpu" or not _multiplies_bfloat16(): yield; return
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH): yield
 
-# %% ../nbs/02_models.ipynb #73a60fb3
+# %% ../nbs/02_models.ipynb #f9cb81a0
 def _multiply(x, weight, bias=None): return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # what torch.compile uses
 
 class _Product(torch.autograd.Function):
@@ -74,7 +74,7 @@ class _Product(torch.autograd.Function):
 class OneDNNLinear(torch.nn.Linear):
     "A linear layer that oneDNN computes, in single precision."
     def forward(self, x):
-        if x.dtype != torch.float32 or x.numel() == 0 or torch.is_autocast_enabled("cpu"): return super().forward(x)
+        if not x.is_cpu or x.dtype != torch.float32 or x.numel() == 0 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling(): return super().forward(x)
         return _Product.apply(x, self.weight, self.bias) if torch.is_grad_enabled() else _multiply(x, self.weight, self.bias)
 
 # %% ../nbs/02_models.ipynb #b2077e1b
