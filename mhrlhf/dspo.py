@@ -456,7 +456,7 @@ def _log(writer, run: Tuning, state):
 def _gains_line(run: Tuning, gains: Gains):
     return "heads' gains so far (sd): " + "  ".join(f"{n} {g:+.2f}" for n, g in zip(run.reward.aspects, gains.mean))
 
-# %% ../nbs/52_dspo.ipynb #3165da85
+# %% ../nbs/52_dspo.ipynb #9230d6f8
 def learn(run: Tuning, folder, show, began=None):
     "Tune with checkpoints, curves and the neglect guard; the pipeline ends with the best adapter. Returns why it stopped."
     from torch.utils.tensorboard import SummaryWriter
@@ -472,7 +472,7 @@ def learn(run: Tuning, folder, show, began=None):
         for state in tune(run, over):
             if first: _log(writer, run, state)
             if "update" in state:
-                show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", change=f"{state['change']:.4f}")); continue
+                show(dict(done=run.rollout * s.updates + state["update"] + 1, total=s.rollouts * s.updates, rollout=f"{run.rollout + 1}/{s.rollouts}", change=f"{state['change']:.4f}", **(dict(most=60 * s.minutes - time.time() + began) if s.minutes else {}))); continue
             show(dict(line=_gains_line(run, state["gains"]))); checkpoint("latest.safetensors")
             if soft_minimum(state["gains"].mean) >= best: best = soft_minimum(state["gains"].mean); checkpoint("best.safetensors")
             fallen = low(state["gains"])
@@ -507,12 +507,12 @@ def finish(run: Tuning, folder, why) -> list:
     files += [folder / "dspo.json", save_figure(history_curves(table, list(run.reward.aspects), "rollout", "gain by the heads (sd of the base)"), folder / "gains.png")]
     return files
 
-# %% ../nbs/52_dspo.ipynb #e9911397
+# %% ../nbs/52_dspo.ipynb #586ca6a4
 def work_in_group(settings: TrainDSPOSettings, show):
     "Tune as one of the processes that accelerate started, or alone; process 0 writes and speaks."
-    began, (rank, world, _) = time.time(), join_group()
+    began, (rank, world, _) = time.time(), join_group(settings.device)
     try:
-        with plain_faults(), one_thread() if world > 1 else nullcontext():
+        with plain_faults(), one_thread(settings.device) if world > 1 else nullcontext():
             show = show if rank == 0 else lambda figures: None
             prompts, reward = [p.prompt for p in read_prompts(settings.prompts)], RewardModel.load(settings.reward_model, settings.device)
             if len(prompts) < 2: raise InputError(f"{settings.prompts}: one prompt; two or more are needed to measure gains")

@@ -118,7 +118,7 @@ def choose_judge(
     reward = RewardModel.load(reward_model)
     return "heads", lambda images, texts: reward.score(images, texts)[list(reward.aspects)], reward.weights.tolist()
 
-# %% ../nbs/61_evaluate.ipynb #14682ae2
+# %% ../nbs/61_evaluate.ipynb #c2e27c94
 def evaluate_pipeline(
     pipe,            # with an adapter loaded
     prompts: list,   # of `generate.Prompt`
@@ -138,7 +138,7 @@ def evaluate_pipeline(
             (show or bar)(dict(done=min(len(pairs), team.world * (i + len(rows))) + done, total=2 * len(pairs)))
         return team.gather(torch.from_numpy(np.concatenate(made)).to(pipe.device), len(pairs)).cpu().numpy()
     try:
-        with one_thread():
+        with one_thread(settings.device):
             tuned = sample(0)
             pipe.unet.disable_adapters()
             try: base = sample(len(pairs))
@@ -158,7 +158,7 @@ def judged(base, tuned, pairs, settings) -> Evaluation:
     scores = pd.DataFrame(dict(prompt=texts, base=before["composite"], tuned=after["composite"]))
     return Evaluation(compare(before, after, groups), pd.DataFrame(per).T, name, pairs, base, tuned, scores)
 
-# %% ../nbs/61_evaluate.ipynb #38cb9862
+# %% ../nbs/61_evaluate.ipynb #f5a4734c
 def write_evaluation(e: Evaluation, folder) -> list:
     "Images, tables and pictures; returns the files."
     folder = Path(folder)
@@ -170,7 +170,7 @@ def write_evaluation(e: Evaluation, folder) -> list:
 
 def work_in_group(settings: EvaluateSettings, show):
     "Evaluate as one of the processes that accelerate started, or alone; process 0 writes and speaks."
-    rank, world, _ = join_group()
+    rank, world, _ = join_group(settings.device)
     try:
         with plain_faults():
             Path(settings.output).mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is told before the work

@@ -83,7 +83,7 @@ def _text(path):
         line = Path(path).read_bytes()[:e.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
-# %% ../nbs/00_files.ipynb #bd1d38a6
+# %% ../nbs/00_files.ipynb #84cd807f
 _COMMENT = re.compile(r'\s*(^|[,;\s])#(?![0-9A-Fa-f]{6}\b)[^",;]*$')
 _TEXTS = ("prompt", "note")  # columns that are never cut at a #
 
@@ -101,7 +101,7 @@ def read_table(
     if missing := [c for c in columns if c not in names]:
         raise InputError(f"{path}:1: missing column {', '.join(missing)}; the header has: {', '.join(names) or 'nothing'}")
     rows, line = [], reader.line_num + 1
-    for cells in reader:
+    while (cells := _cells(path, reader)) is not None:
         try: row = _row(path, line, names, cells)
         except InputError as e:
             if faults is None: raise
@@ -109,6 +109,11 @@ def read_table(
         if row: rows.append(row)
         line = reader.line_num + 1
     return rows
+
+def _cells(path, reader):
+    line = reader.line_num + 1
+    try: return next(reader, None)
+    except csv.Error as e: raise InputError(f"{path}:{line}: cannot be read as CSV ({e}); is a quote not closed?") from None
 
 def _row(path, line, names, cells):
     cells = [c.strip() for c in cells]

@@ -49,7 +49,7 @@ def _save(images, prompts, seeds, settings, kind):
         write_image(path, image, dict(prompt=p, seed=s, pipeline=settings.pipeline, model="" if kind else str(settings.model), steps=settings.steps, guidance=settings.guidance_scale))
     return paths
 
-# %% ../nbs/60_inference.ipynb #407e31c8
+# %% ../nbs/60_inference.ipynb #e2f7afa5
 def run(
     settings: InferenceSettings,
 ) -> int:
@@ -60,7 +60,7 @@ def run(
     pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
     if not untuned: load_adapter(pipe, settings.model)
     noise = [image_seed(p, s) for p, s in zip(prompts, seeds)]
-    with one_thread():
+    with one_thread(settings.device):
         images = sample_images(pipe, prompts, noise, settings)
         paths = _save(images, prompts, seeds, settings, "-untuned" if untuned else "")
         if settings.compare and not untuned: paths += _compare(pipe, images, prompts, seeds, noise, settings)

@@ -85,8 +85,9 @@ def faster_products(network: torch.nn.Module) -> torch.nn.Module:
         if type(layer) is torch.nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32: layer.__class__ = OneDNNLinear
     return network
 
-# %% ../nbs/02_models.ipynb #ccb0fe42
+# %% ../nbs/02_models.ipynb #9f2ff330
 def _missing(name, error):
+    if Path(name).is_dir(): return InputError(f"{name}: cannot be loaded, or a part of it is not there: {str(error).splitlines()[0]}")
     return InputError(f"weights of {name!r} are not on this machine and cannot be fetched ({type(error).__name__}); "
                       f"download them where there is a network (hf download {name}), copy the folder here and name it, or use the profile pocket")
 
@@ -94,6 +95,7 @@ def _quiet():
     "No bars for loading a file; the stages draw their own."
     import diffusers, transformers
     diffusers.utils.logging.disable_progress_bar(); transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl").setLevel("ERROR")  # it tells of long prompts twice a batch; generate tells once
 
 def where_is(
     name: str,
@@ -116,9 +118,11 @@ def load_pipeline(
     try:
         if vae: options["vae"] = AutoModel.from_pretrained(where_is(vae), **options)
         pipe = StableDiffusionXLPipeline.from_pretrained(where_is(name), add_watermarker=False, **options)
+        pipe.to(device)
     except (OSError, ValueError) as e: raise _missing(name if "vae" in options or not vae else vae, e) from None
+    except torch.OutOfMemoryError: raise InputError(f"{name} does not fit into what is free of the GPU's memory; end what else uses it, or try dtype bfloat16") from None
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.to(device).unet, pipe.text_encoder, pipe.text_encoder_2): faster_products(part)
+    for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2): faster_products(part)
     return pipe
 
 # %% ../nbs/02_models.ipynb #818eb9ae

@@ -17,20 +17,22 @@ import configparser, difflib, os, subprocess
 
 from .files import InputError, raise_faults
 
-# %% ../nbs/01_settings.ipynb #ea5115d3
+# %% ../nbs/01_settings.ipynb #47bf4339
 _SMALLEST = dict.fromkeys(("steps", "batch", "cache_every", "seeds", "processes", "count", "per_image", "sitting", "raters", "patience", "rank", "climb", "candidates", "prompts_per_rollout",
                            "prompts_per_update", "rollouts", "updates", "shifts"), 1) | dict(folds=2, max_timestep=21, temperature=.001)  # of all other numbers: 0
 
 def _too_small(name, value):
     "What is needed instead, or an empty text."
     least = _SMALLEST.get(name, 0)
-    return "" if not isinstance(value, (int, float)) or value >= least else f"{least} or more is needed"
+    if not isinstance(value, (int, float)): return ""
+    if name in ("width", "height") and value % 8: return "a multiple of 8 is needed"
+    return "" if value >= least else f"{least} or more is needed"
 
 class Settings:
     "What the settings of all stages have in common: none of their numbers is too small, else `InputError`."
     def __post_init__(self): raise_faults([f"{name.replace('_', '-')} {value}: {why}" for name, value in vars(self).items() if (why := _too_small(name, value))])
 
-# %% ../nbs/01_settings.ipynb #1bdd1ff6
+# %% ../nbs/01_settings.ipynb #cb0664e0
 @dataclass(frozen=True)
 class PipelineSettings(Settings):
     "Which image model."
@@ -47,7 +49,7 @@ class SamplingSettings(PipelineSettings):
     width: int = 0                # pixels; 0: the model's own size
     height: int = 0               # pixels; 0: the model's own size
     batch: int = 8                # images per forward pass
-    guidance_until: float = 1.0   # LOSSY below 1: share of the steps that are guided; 0.6 saves a fifth of the time
+    guidance_until: float = 1.0   # LOSSY below 1: share of the steps that are guided; 0.6 saves a sixth of the time
     cache_every: int = 1          # LOSSY above 1: the whole UNet only every so many steps (DeepCache); 2 saves a third
 
 # %% ../nbs/01_settings.ipynb #d62178ae
@@ -110,7 +112,7 @@ class TrainRewardSettings(Settings):
     soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
     seed: int = 0                 # of splits and initial weights
 
-# %% ../nbs/01_settings.ipynb #64ba4ee8
+# %% ../nbs/01_settings.ipynb #bae98517
 @dataclass(frozen=True)
 class ScoreSettings(Settings):
     "Rate images with the reward heads."
@@ -146,7 +148,7 @@ class TrainDSPOSettings(SamplingSettings):
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
     patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    temperature: float = 0.3      # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
+    temperature: float = 0.15     # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
@@ -269,13 +271,15 @@ def load_settings(
         except ValueError as e: raise InputError(f"{place()}: {e}") from None
     return cls(**(chosen | overrides))
 
-# %% ../nbs/01_settings.ipynb #3a3b1320
+# %% ../nbs/01_settings.ipynb #d57c2c56
 def _gpu_memory():
-    "Memory of the largest visible NVIDIA GPU in GB; 0 without one."
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"): return 0.
-    try: out = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10)
+    "Memory of the largest visible NVIDIA GPU in GB; 0 without one. Asks nvidia-smi, for importing torch takes seconds."
+    try: out = subprocess.run(["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired): return 0.
-    return max((float(v) / 1024 for v in out.stdout.split() if v.replace(".", "").isdigit()), default=0.)
+    gpus = [line.split(", ") for line in out.stdout.splitlines() if line.count(", ") == 2]
+    chosen = [c.strip() for c in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(i for i, _, _ in gpus)).split(",")]
+    visible = lambda index, uuid: any(c == index or c.startswith("GPU-") and uuid.startswith(c) for c in chosen)
+    return max((float(gb) / 1024 for index, uuid, gb in gpus if visible(index, uuid) and gb.replace(".", "").isdigit()), default=0.)
 
 def choose_profile(
     asked: str = "",  # a profile's name; "": what the machine has decides

@@ -96,3 +96,17 @@ def test_make_alone_lists_the_targets():
 def test_profile_passes_through_make():
     for done in (make("generate-images-single", "PROFILE=no-such"), make("generate-images-single", PROFILE="no-such")):
         assert "no profile [no-such]" in done.stderr and done.returncode == 2
+
+@pytest.mark.parametrize("answer, visible, chosen", [
+    ("0, GPU-aa1, 24564", None, ("sdxl", "a CUDA GPU with 24 GB")), ("0, GPU-aa1, 8192", None, ("pocket", "a GPU with only 8 GB")),
+    ("0, GPU-aa1, 8192\n1, GPU-bb2, 81559", None, ("sdxl", "a CUDA GPU with 80 GB")), ("0, GPU-aa1, 8192\n1, GPU-bb2, 81559", "0", ("pocket", "a GPU with only 8 GB")),
+    ("0, GPU-aa1, 8192\n1, GPU-bb2, 81559", "GPU-bb", ("sdxl", "a CUDA GPU with 80 GB")), ("0, GPU-aa1, 24564", "", ("pocket", "no CUDA GPU here")),
+    ("0, GPU-aa1, 24564", "-1", ("pocket", "no CUDA GPU here")), ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", None, ("pocket", "no CUDA GPU here")), ("0, GPU-aa1, [N/A]", None, ("pocket", "no CUDA GPU here"))])
+def test_the_machine_chooses_the_profile(answer, visible, chosen, tmp_path, monkeypatch):
+    "By what nvidia-smi says; here a script says it in its place."
+    from mhrlhf.settings import choose_profile
+    smi = tmp_path/"nvidia-smi"; smi.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n"); smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}"); monkeypatch.delenv("PROFILE", raising=False)
+    if visible is None: monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert choose_profile() == chosen

@@ -1,4 +1,5 @@
 """What people and machines do to a run: bad input, kill -9, Ctrl-C, a damaged disk. Afterwards the same command completes it."""
+from contextlib import suppress
 from pathlib import Path
 import csv, errno, os, random, signal, subprocess, sys, time
 
@@ -42,6 +43,8 @@ def refusal(tmp_path, monkeypatch, capsys, *options):
     ("prompt_id,prompt\na\0b,a fox\n", r"value 'a\x00b': is no safe file name"),
     ("prompt_id,prompt\na,a \0 fox\n", "column prompt, value 'a \\x00 fox': holds a NUL byte"),
     ("prompt_id,prompt\n" + "a" * 300 + ",a fox\n", "has 300 characters; 100 are allowed"),
+    ('prompt_id,prompt\na,"a fox\nb,a cat\nc,a dog\n', "holds a line break; write it in one line, and see whether a quote was not closed"),
+    ('prompt_id,prompt\na,fine\nb,"a fox\n' + "c,a dog\n" * 20_000, "p.csv:3: cannot be read as CSV"),
     ("prompt_id,prompt\na,a fox, in snow\n", "p.csv:2: 3 cells where the header has 2; quote text that holds commas"),
     (b"prompt_id,prompt\na,a caf\xe9\n", "p.csv:2: not UTF-8 text; save the file as UTF-8"),
 ])
@@ -70,6 +73,11 @@ def test_missing_files_and_wrong_places(tmp_path, monkeypatch, capsys):
     assert "a file is in the place of a folder" in refusal(tmp_path, monkeypatch, capsys, "--images", "file/images")
     assert (tmp_path/"file").read_text() == "kept"
     assert "weights of 'nowhere' are not on this machine" in refusal(tmp_path, monkeypatch, capsys, "--pipeline", "nowhere", "--limit", "1")
+    assert "weights of 'nowhere' are not on this machine" in refusal(tmp_path, monkeypatch, capsys, "--pipeline", "nowhere", "--limit", "1", "--processes", "2")
+    (tmp_path/"empty").mkdir()
+    assert "empty: cannot be loaded, or a part of it is not there" in refusal(tmp_path, monkeypatch, capsys, "--pipeline", "empty", "--limit", "1")
+    assert "weights of 'nobody/vae' are not on this machine" in refusal(tmp_path, monkeypatch, capsys, "--vae", "nobody/vae", "--limit", "1")
+    assert "width 500: a multiple of 8 is needed" in refusal(tmp_path, monkeypatch, capsys, "--width", "500")
     for option in ("steps", "seeds", "batch", "processes"): assert f"{option} 0" in refusal(tmp_path, monkeypatch, capsys, f"--{option}", "0")
 
 def test_an_evaluation_that_cannot_be_written(tmp_path, monkeypatch, capsys):
@@ -95,6 +103,7 @@ def pipe():
 def loaded(pipe, monkeypatch):
     "The stage with a pipeline that is loaded already."
     monkeypatch.setattr("mhrlhf.models.load_pipeline", lambda *a: pipe)
+    return pipe
 
 def small(folder, prompts=8, **options):
     return GenerateSettings(prompts=ROOT/"data/prompts.csv", images=folder/"images", metadata=folder/"generated.csv", limit=prompts, steps=1, batch=2, **options)
@@ -124,6 +133,40 @@ def test_a_disk_that_fills_up(tmp_path, loaded, monkeypatch, capsys):
     there = pixels(tmp_path); assert len(there) == 5 == len(read_metadata(settings.metadata))
     assert generate.run(settings) == 0
     assert_whole(settings, there | {p: i for p, i in pixels(tmp_path).items() if p not in there})
+
+def test_a_disk_that_fills_up_while_a_row_is_written(tmp_path, loaded, monkeypatch):
+    "What is left of the metadata may be nothing or half a header."
+    settings = small(tmp_path, 2)
+    def full(*a): raise OSError(errno.ENOSPC, "No space left on device", str(settings.metadata))
+    monkeypatch.setattr(generate, "append_rows", full)
+    with pytest.raises(generate.InputError, match="the disk is full"): generate.run(settings)
+    monkeypatch.undo(); monkeypatch.setattr("mhrlhf.models.load_pipeline", lambda *a: loaded)
+    for left in b"", b"prompt_id,se":
+        settings.metadata.write_bytes(left); Path(plan_tasks(settings)[0].path).unlink(missing_ok=True)
+        assert generate.run(settings) == 0
+        assert_whole(settings)
+    torn = tmp_path/"torn.csv"; torn.write_bytes(b"prompt_id,se"); append_rows(torn, [dict.fromkeys(METADATA_COLUMNS, "") | dict(image_path="a.png")])
+    assert list(read_metadata(torn).image_path) == ["a.png"]
+
+def test_a_folder_that_is_read_only(tmp_path, loaded, monkeypatch):
+    "Even root cannot write to a file system that is mounted read-only; its answer is played here."
+    settings = small(tmp_path, 2)
+    def refuse(*a, dir=None, **k): raise OSError(errno.EROFS, "Read-only file system", str(dir))
+    monkeypatch.setattr(generate.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(generate.InputError, match="images: is on a read-only disk; choose another folder"): generate.run(settings)
+    assert not pixels(tmp_path) and not settings.metadata.exists()
+
+def test_metadata_that_somebody_edited(tmp_path, loaded):
+    "Other columns, another order, no newline at the end: put in order before rows are appended."
+    settings = small(tmp_path, 2)
+    assert generate.run(settings) == 0
+    table = read_metadata(settings.metadata)
+    table[["image_path", "prompt_id", "prompt"]].assign(mine="x").to_csv(settings.metadata, index=False)
+    settings.metadata.write_bytes(settings.metadata.read_bytes().rstrip(b"\n"))
+    assert len(read_metadata(settings.metadata)) == 4   # the last line counts without its newline
+    Path(table.image_path[1]).unlink()
+    assert generate.run(settings) == 0
+    assert_whole(settings)
 
 def test_ctrl_c_in_one_worker(tmp_path, loaded, monkeypatch):
     settings, sample, count = small(tmp_path), generate._sample_tasks, iter(range(100))
@@ -234,14 +277,11 @@ class Run:
         return self.process.returncode, out, err
 
 def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
-    "Ctrl-C, then kill -9 of the command itself, of accelerate's launcher and of a worker: nothing is lost."
+    "Ctrl-C, then kill -9 of accelerate's launcher and of a worker: nothing is lost."
     run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
     run.process.send_signal(signal.SIGINT); code, out, err = run.end()
     assert code == 130 and "stopped; nothing finished is lost" in err and "Traceback" not in err + out
     gone(family)
-
-    run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
-    run.process.kill(); run.end(); gone(family)
 
     run = Run(tmp_path); run.wait_for(4); family = children(run.process.pid)
     victim = next(p for p, command in family.items() if "accelerate" in command)
@@ -252,6 +292,20 @@ def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
     assert code == 0, out + err
     assert out.count("starting workers again for the") == 2 and "96 of 96 images are in data/images" in out and "Traceback" not in err + out
     gone(family)
+    monkeypatch.chdir(tmp_path)
+    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=48))
+
+def test_the_command_is_killed_at_random_moments(tmp_path, monkeypatch):
+    "From the start-up on; the command alone, whose workers then end by themselves, or all of its processes at once, as a power cut does."
+    rng = random.Random(1)
+    for alone in (True, False, True):
+        run = Run(tmp_path); time.sleep(rng.uniform(0, 12)); family = children(run.process.pid)
+        for pid in [run.process.pid] if alone else (run.process.pid, *family):
+            with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+        run.end(); gone(family)
+        assert all(generate.image_row(p) is not None for p in run.images.glob("*/*.png"))
+    code, out, err = Run(tmp_path).end()
+    assert code == 0, out + err
     monkeypatch.chdir(tmp_path)
     assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=48))
 

@@ -27,7 +27,7 @@ def test_same_recipe_same_weights(tmp_path):
     assert any(not torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("part", ["sdxl/unet/diffusion_pytorch_model.safetensors", "openclip/open_clip_model.safetensors", "judge.safetensors", "recipe.json", "log.jsonl"])
+@pytest.mark.parametrize("part", ["sdxl/unet/diffusion_pytorch_model.safetensors", "openclip/open_clip_model.safetensors", "tiny_vae/diffusion_pytorch_model.safetensors", "judge.safetensors", "recipe.json", "log.jsonl"])
 def test_what_ships_is_complete(part):
     from mhrlhf.models import pocket_folder
     assert (pocket_folder() / part).stat().st_size > 100
