@@ -13,13 +13,12 @@ from typing import NamedTuple
 import hashlib, time, uuid
 
 import pandas as pd
-import sqlalchemy as sql
 from fastcore.basics import patch
 
 from .aspects import ASPECTS, HIGHEST, LOWEST
 from .files import InputError, inside
 from .generate import read_metadata
-from .ratings import ASIDE, RatingStore, read_assignment
+from .ratings import ASIDE, RatingStore, StoreError, read_assignment
 
 # %% ../nbs/30_panel.ipynb #fb62f3be
 def rating_order(
@@ -220,8 +219,8 @@ def retry(self: RatingSession) -> bool:
         self.waiting = [w for w in self.waiting if w[0] != "answer"]
         while self.waiting: self.store.remark(**self.waiting[0][1]); self.waiting.pop(0)
         self.message = "saved"
-    except sql.exc.SQLAlchemyError as e:
-        self.message = f"NOT SAVED YET: the database says {str(getattr(e, 'orig', e))[:120]!r}; still waiting here: {len(self.waiting)}; tried again every few seconds, keep this page open"
+    except StoreError as e:
+        self.message = f"NOT SAVED YET: the database says {e.reason!r}; still waiting here: {len(self.waiting)}; tried again every few seconds, keep this page open"
     return not self.waiting
 
 @patch
