@@ -22,7 +22,7 @@ import pandas as pd
 import sqlalchemy as sql
 
 from .aspects import ASPECTS, COLUMNS, HIGHEST, LOWEST, NAMES
-from .files import InputError, atomic_path, fingerprint, inside, read_table
+from .files import InputError, atomic_path, delimiter_of, fingerprint, inside, read_table
 
 # %% ../nbs/20_ratings.ipynb #0cecb7a0
 TIDY = ("rater", "prompt_id", "image_path", "aspect", "value")  # the columns of every table of ratings
@@ -239,7 +239,7 @@ def _clean_path(text): return re.sub(r"^(\./)+", "", str(text).strip().replace("
 
 def _append_to_sheet(path, images):
     text = Path(path).read_bytes().decode("utf-8-sig"); header = text.splitlines()[0]
-    delimiter = ";" if header.count(";") > header.count(",") else ","
+    delimiter = delimiter_of(header)
     columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter))]
     out = io.StringIO(); writer = csv.writer(out, delimiter=delimiter, lineterminator="\r\n" if "\r\n" in text else "\n")
     writer.writerows([image.get(c, "") if c in ("prompt_id", "image_path", "prompt") else "" for c in columns] for image in images.to_dict("records"))
