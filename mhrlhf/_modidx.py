@@ -372,6 +372,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mhrlhf.panel.RatingPanel._actions': ('panel.html#ratingpanel._actions', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingPanel._clicked': ('panel.html#ratingpanel._clicked', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingPanel._fetch': ('panel.html#ratingpanel._fetch', 'mhrlhf/panel.py'),
+                              'mhrlhf.panel.RatingPanel._heard': ('panel.html#ratingpanel._heard', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingPanel._noted': ('panel.html#ratingpanel._noted', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingPanel._parts': ('panel.html#ratingpanel._parts', 'mhrlhf/panel.py'),
                               'mhrlhf.panel.RatingPanel._prefetch': ('panel.html#ratingpanel._prefetch', 'mhrlhf/panel.py'),
