@@ -412,6 +412,7 @@ _KEYS_CSS = """
 @media (max-width: 1000px) { .mhrlhf-picture img { max-height: 34vh; } }
 .mhrlhf-panel kbd { border: 1px solid #8888; border-radius: 3px; padding: 0 4px; font-size: 85%; }
 .mhrlhf-aspect .widget-toggle-buttons .jupyter-button:last-child::after { content: " x"; font-size: 75%; opacity: .6; }
+@container (min-width: 421px) { .mhrlhf-aspect .widget-toggle-buttons .jupyter-button:last-child { width: 44px !important; } }
 .mhrlhf-lost::before { content: "NO ANSWER from the kernel: what is pressed now is NOT stored. Run the cell again (or reload this page); everything before is stored."; color: white; background: #b00020; padding: 6px; font-weight: bold; }
 .mhrlhf-warning { color: #b00020; font-weight: bold; }
 """

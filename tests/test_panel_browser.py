@@ -35,7 +35,9 @@ def running_lab(folder, home):
     port = free_port()
     environment = os.environ | {k: str(home / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+               "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+    quiet = home / "JUPYTER_CONFIG_DIR/labconfig/page_config.json"; quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps(dict(disabledExtensions={"@jupyterlab/apputils-extension:announcements": True})))   # its question would lie over the panel
     with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
