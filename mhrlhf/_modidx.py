@@ -272,6 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mhrlhf.generate._in_notebook': ('generate.html#_in_notebook', 'mhrlhf/generate.py'),
                                  'mhrlhf.generate._known_rows': ('generate.html#_known_rows', 'mhrlhf/generate.py'),
                                  'mhrlhf.generate._launch_until_done': ('generate.html#_launch_until_done', 'mhrlhf/generate.py'),
+                                 'mhrlhf.generate._lines': ('generate.html#_lines', 'mhrlhf/generate.py'),
                                  'mhrlhf.generate._make': ('generate.html#_make', 'mhrlhf/generate.py'),
                                  'mhrlhf.generate._on_meta': ('generate.html#_on_meta', 'mhrlhf/generate.py'),
                                  'mhrlhf.generate._only_run': ('generate.html#_only_run', 'mhrlhf/generate.py'),
