@@ -344,24 +344,32 @@ def press(self: RatingSession,
     self.worked(); self.acted = self.clock()
     return True
 
-# %% ../nbs/30_panel.ipynb #24937a3f
-_KEYS_JS = """
-function wire(panel, model) {
-  panel.tabIndex = 0;
-  panel.dataset.lmSuppressShortcuts = "true";
-  panel.setAttribute("role", "application");
-  panel.setAttribute("aria-label", "Rating panel: letters choose an aspect, digits rate it, x is ten");
-  const label = () => {   // for screen readers; again when other aspects are asked
-    panel.querySelectorAll(".mhrlhf-aspect").forEach(row => { row.setAttribute("role", "group"); row.setAttribute("aria-label", row.innerText.split("\\n")[0]); });
-    panel.querySelectorAll(".mhrlhf-aspect button").forEach(button => button.setAttribute("aria-pressed", button.classList.contains("mod-active")));
-    panel.querySelectorAll("img").forEach(img => img.alt = "the image to be rated");
-  };
-  label(); new MutationObserver(label).observe(panel, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
+# %% ../nbs/30_panel.ipynb #cfb0bb29
+_WATCH_JS = """
+function label(panel) {   // for screen readers; again when other aspects are asked or answered
+  panel.querySelectorAll(".mhrlhf-aspect").forEach(row => { row.setAttribute("role", "group"); row.setAttribute("aria-label", row.innerText.split("\\n")[0]); });
+  panel.querySelectorAll(".mhrlhf-aspect button").forEach(button => button.setAttribute("aria-pressed", button.classList.contains("mod-active")));
+  panel.querySelectorAll("img").forEach(img => img.alt = "the image to be rated");
+}
+function connect(panel, model) {   // the kernel owes an answer to each message; the panel says so if none comes
   let asked = null;   // since when the kernel owes an answer
   model.on("msg:custom", () => { asked = null; panel.classList.remove("mhrlhf-lost"); });
   const send = message => { asked = asked || Date.now(); model.send(message); };
   const watch = setInterval(() => { if (asked && Date.now() - asked > 4000) panel.classList.add("mhrlhf-lost"); }, 500);
   const ticking = setInterval(() => send({ tick: true }), 5000);
+  return { send, close: () => { clearInterval(ticking); clearInterval(watch); } };
+}
+"""
+
+# %% ../nbs/30_panel.ipynb #24937a3f
+_KEYS_JS = _WATCH_JS + """
+function wire(panel, model) {
+  panel.tabIndex = 0;
+  panel.dataset.lmSuppressShortcuts = "true";
+  panel.setAttribute("role", "application");
+  panel.setAttribute("aria-label", "Rating panel: letters choose an aspect, digits rate it, x is ten");
+  label(panel); new MutationObserver(() => label(panel)).observe(panel, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
+  const { send, close } = connect(panel, model);
   panel.addEventListener("keydown", event => {
     const typing = ["INPUT", "TEXTAREA"].includes(event.target.tagName);
     if (typing) { if (["Enter", "Escape"].includes(event.key)) setTimeout(() => panel.focus()); return; }
@@ -380,7 +388,7 @@ function wire(panel, model) {
     if (event.detail > 0 && event.target.tagName !== "INPUT") panel.focus({ preventScroll: true });
   });
   panel.focus({ preventScroll: true });
-  return () => { clearInterval(ticking); clearInterval(watch); };
+  return close;
 }
 function render({ model, el }) {
   let end = () => {}, over = false;
