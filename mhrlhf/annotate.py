@@ -117,7 +117,6 @@ def _read(settings, images, store):
 def _write(settings, images, store):
     "Write what was asked for."
     given, people = store if settings.answers else None, _people(settings, store)
-    if settings.argilla and not settings.address: raise InputError("--argilla needs --address: what comes before an image's path so that a browser finds it, such as https://server/")
     if settings.csv: print(f"{settings.csv}: {write_ratings_csv(settings.csv, store)} rows, one for each rater and image")
     if settings.label_studio: print(*write_label_studio(settings.label_studio, images, settings.address or LOCAL, given), sep=" and ", end=": a Label Studio project\n")
     if settings.argilla: write_argilla(settings.argilla, images, settings.address, settings.per_image, store=given, people=people); print(f"{settings.argilla}: an Argilla dataset")
@@ -137,6 +136,7 @@ def run(
     settings: AnnotateSettings,
 ) -> int:  # exit code: 2 if what was read has faults; what is good in it is stored all the same
     "Steps 2 and 3: sheet out, ratings in, who rates what, completeness and agreement; on request the served panel. Raises `InputError`."
+    if settings.argilla and not settings.address: raise InputError("--argilla needs --address: what comes before an image's path so that a browser finds it, such as https://server/")
     images, store = read_metadata(settings.metadata), RatingStore(settings.database)
     faults = _sheet(settings, images, store) + _read(settings, images, store)
     if settings.simulate: _simulate(store, images, settings)
