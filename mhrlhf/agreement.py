@@ -71,11 +71,14 @@ def mean_squares(
     n, counts, votes, y = len(value), np.bincount(image), np.bincount(rater), value - value.mean()
     _, explained, rank = _rater_effects(image, rater, y, counts)
     total, by_image, by_rater = y @ y, (np.bincount(image, y) ** 2 / counts).sum(), (np.bincount(rater, y) ** 2 / votes).sum()
+    clean = lambda squares: float(squares) if squares > 1e-12 * total else 0.  # what remains of a difference is rounding
     df_image, df_error = len(images) - (len(raters) - rank), n - len(images) - rank
     if df_error < 1 or df_image < 1: raise CannotTell("too few images were rated by the same raters; let raters overlap more")
+    of_image, of_error = clean(by_image + explained - by_rater), clean(total - by_image - explained)
+    if not of_image + of_error: raise CannotTell("images are told apart by nothing but who rated them; let raters overlap more")
     return MeanSquares(n, len(images), len(raters), float(len(images) / (1 / counts).sum()),
-        between=float(by_image / (len(images) - 1)), within=float(total - by_image) / (n - len(images)), image=float(by_image + explained - by_rater) / df_image,
-        rater=explained / rank, error=max(float(total - by_image) - explained, 0.) / df_error, df_within=n - len(images), df_image=df_image, df_rater=rank, df_error=df_error,
+        between=float(by_image / (len(images) - 1)), within=float(total - by_image) / (n - len(images)), image=of_image / df_image,
+        rater=explained / rank, error=of_error / df_error, df_within=n - len(images), df_image=df_image, df_rater=rank, df_error=df_error,
         per_image=(n - len(raters)) / df_image, per_rater=(n - len(images)) / rank, per_group=float(n - (counts ** 2).sum() / n) / (len(images) - 1))
 
 # %% ../nbs/31_agreement.ipynb #785ba9b5
@@ -256,6 +259,11 @@ class Agreement:
                              "their mean, ICC(2,k)": cell("icc_2_k"), "alpha": cell("alpha"), "noise ceiling": t.ceiling.map("{:.2f}".format),
                              "disputed": [f"{f} ({.05 * n:.0f} by chance)" for f, n in zip(t.flagged, t.images)], f"above {self.target:g}?": t.verdict}, index=t.index)
 
+    def correlations(self) -> pd.DataFrame:
+        "All intraclass correlations, as text."
+        cell = lambda name: [str(Interval(*v)) for v in self.table[[name, f"{name}_low", f"{name}_high"]].values]
+        return pd.DataFrame({f"ICC({n},{k})": cell(f"icc_{n}_{k}") for k in "1k" for n in "123"}, index=self.table.index)
+
     def _title(self): return f"Agreement of {self.raters} raters" + (", a SIMULATED panel" if self.simulated else "")
 
 # %% ../nbs/31_agreement.ipynb #e641836e
@@ -265,20 +273,23 @@ _EXPLAIN = "95 % intervals in brackets; the verdict is that of the interval of I
 
 @patch
 def __repr__(self: Agreement):
-    table = [self.shown().to_string()] if len(self.table) else []
+    table = [self.shown().to_string(), self.correlations().to_string()] if len(self.table) else []
     return "\n".join([self._title(), *table, *(f"{a}: {m}" for a, m in self.messages.items()), *([_EXPLAIN] if table else [])])
+
+def _pipes(table):
+    "A table in markdown."
+    shown = table.reset_index()
+    return ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * shown.shape[1], *("| " + " | ".join(map(str, r)) + " |" for r in shown.values), ""]
 
 @patch
 def _repr_markdown_(self: Agreement):
-    shown = self.shown().reset_index()
-    lines = [f"**{self._title()}**", ""]
-    if len(shown): lines += ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * shown.shape[1], *("| " + " | ".join(map(str, r)) + " |" for r in shown.values), "", _EXPLAIN + "."]
-    return "\n".join([*lines, "", *(f"- {a}: {m}" for a, m in self.messages.items())])
+    tables = [*_pipes(self.shown()), *_pipes(self.correlations()), _EXPLAIN + "."] if len(self.table) else []
+    return "\n".join([f"**{self._title()}**", "", *tables, "", *(f"- {a}: {m}" for a, m in self.messages.items())])
 
 @patch
 def _repr_html_(self: Agreement):
-    table = self.shown().rename_axis(None).to_html(border=0) + f"<p>{_EXPLAIN}.</p>" if len(self.table) else ""
-    return f"<p><b>{self._title()}</b></p>{table}" + "".join(f"<p>{a}: {m}</p>" for a, m in self.messages.items())
+    tables = "".join(t.rename_axis(None).to_html(border=0) for t in (self.shown(), self.correlations())) + f"<p>{_EXPLAIN}.</p>" if len(self.table) else ""
+    return f"<p><b>{self._title()}</b></p>{tables}" + "".join(f"<p>{a}: {m}</p>" for a, m in self.messages.items())
 
 # %% ../nbs/31_agreement.ipynb #a6ab4318
 def agreement(

@@ -15,10 +15,11 @@ import pandas as pd
 from .agreement import agreement
 from .aspects import NAMES
 from .assignment import assign, assign_next, parse_raters, progress, what_to_rate_next
+from .exchange import LOCAL, argilla_id, import_export, read_people, write_argilla, write_label_studio
 from .files import InputError, read_table
 from .generate import read_metadata
 from .raters import panel_report
-from .ratings import SIMULATED, RatingStore, completeness, import_sheet, read_assignment, shown_url, simulated_panel, simulated_raters, write_assignment, write_template
+from .ratings import SIMULATED, RatingStore, completeness, import_sheet, read_assignment, shown_url, simulated_panel, simulated_raters, write_assignment, write_ratings_csv, write_template
 from .settings import AnnotateSettings
 
 # %% ../nbs/37_annotate.ipynb #cda15abc
@@ -98,6 +99,29 @@ def _assign(store, images, settings):
         before = table
     if before is not None and len(before): print(progress(before, tidy))
 
+# %% ../nbs/37_annotate.ipynb #086ae7b2
+def _people(settings, store):
+    "Who is behind the names of the other tools: those that are known, and the table's."
+    known = set(store.ratings().rater) | {r for r in parse_raters(settings.raters)}
+    return {argilla_id(r): r for r in known} | (read_people(settings.people) if settings.people else {})
+
+def _read(settings, images, store):
+    "Take ratings from further files; returns their faults."
+    known, faults = dict(zip(images.image_path, images.prompt_id)), []
+    for path in settings.read:
+        if path.endswith(".json"): stored, found = import_export(store, path, _people(settings, store), known)
+        else: stored, found = import_sheet(store, path, known, Path(path).stem)
+        print(f"{path}: {stored} new ratings"); faults += found
+    return faults
+
+def _write(settings, images, store):
+    "Write what was asked for."
+    given, people = store if settings.answers else None, _people(settings, store)
+    if settings.csv: print(f"{settings.csv}: {write_ratings_csv(settings.csv, store)} rows, one for each rater and image")
+    if settings.label_studio: print(*write_label_studio(settings.label_studio, images, settings.address or LOCAL, given), sep=" and ", end=": a Label Studio project\n")
+    if settings.argilla: write_argilla(settings.argilla, images, settings.address, settings.per_image, store=given, people=people); print(f"{settings.argilla}: an Argilla dataset")
+    if settings.report: panel_report(store.ratings(), store.repeats()).save(settings.report); print(f"{settings.report}: the raters, the aspects and the disputed images, with pictures")
+
 # %% ../nbs/37_annotate.ipynb #d9f2f1ae
 def _sheet(settings, images, store):
     "Write or read the sheet; returns its faults."
@@ -110,18 +134,19 @@ def _sheet(settings, images, store):
 
 def run(
     settings: AnnotateSettings,
-) -> int:  # exit code: 2 if the sheet has faults; what is good in it is stored all the same
+) -> int:  # exit code: 2 if what was read has faults; what is good in it is stored all the same
     "Steps 2 and 3: sheet out, ratings in, who rates what, completeness and agreement; on request the served panel. Raises `InputError`."
+    if settings.argilla and not settings.address: raise InputError("--argilla needs --address: what comes before an image's path so that a browser finds it, such as https://server/")
     images, store = read_metadata(settings.metadata), RatingStore(settings.database)
-    faults = _sheet(settings, images, store)
+    faults = _sheet(settings, images, store) + _read(settings, images, store)
     if settings.simulate: _simulate(store, images, settings)
     _assign(store, images, settings)
     tidy = store.ratings()
     print(f"\n{tidy.rater.nunique()} raters, {len(tidy):,} ratings in {shown_url(settings.database)}\n{completeness(tidy, len(images)).round(1)}\n")
     if len(tidy): print(agreement(tidy))
-    if settings.report: panel_report(tidy, store.repeats()).save(settings.report); print(f"{settings.report}: the raters, the aspects and the disputed images, with pictures")
+    _write(settings, images, store)
     for fault in faults: print(fault, file=sys.stderr)
-    if faults: print(f"mhrlhf annotate: {len(faults)} faults in {settings.annotations}; everything else is stored. Correct them and run this again", file=sys.stderr)
+    if faults: print(f"mhrlhf annotate: {len(faults)} faults; everything else is stored. Correct them and run this again", file=sys.stderr)
     if settings.serve:
         from mhrlhf.app import serve
         return serve(settings.metadata, settings.database, assignment_path(settings), settings.host, settings.panel_port, repeats=settings.repeats)

@@ -333,16 +333,21 @@ def memory_note(
 METADATA_COLUMNS = ("prompt_id", "seed", "image_path", "prompt", "genre", "profile", "pipeline", "steps", "guidance", "width", "height",
                     "seconds", "device", "worker", "created_at", "settings_hash", "status", "bytes")
 
-def _rows(path):
-    "The complete lines of a metadata CSV as dicts, newest last; a line torn by a crash has too few cells and is left out."
+def _lines(path):
+    "Header and complete lines of a metadata CSV, newest last; a line torn by a crash has too few cells and is left out."
     try: lines = Path(path).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
     except FileNotFoundError: raise InputError(f"{path}: no such file; make images first: mhrlhf generate") from None
-    if ",".join(METADATA_COLUMNS).startswith("\n".join(lines)): return []  # a full disk leaves an empty file, or half a header
+    if ",".join(METADATA_COLUMNS).startswith("\n".join(lines)): return METADATA_COLUMNS, []  # a full disk leaves an empty file, or half a header
     names = next(csv.reader(lines[:1]), [])
     if missing := [c for c in ("prompt_id", "image_path", "prompt") if c not in names]:
         raise InputError(f"{path}:1: missing column {', '.join(missing)}; the header has: {', '.join(names) or 'nothing'}")
     cells = csv.reader(io.StringIO("\n".join(lines[1:])))
-    return [dict.fromkeys(METADATA_COLUMNS, "") | dict(zip(names, c)) for c in cells if len(c) == len(names)]
+    return names, [c for c in cells if len(c) == len(names)]
+
+def _rows(path):
+    "The same as dicts."
+    names, lines = _lines(path)
+    return [dict.fromkeys(METADATA_COLUMNS, "") | dict(zip(names, cells)) for cells in lines]
 
 # %% ../nbs/10_generate.ipynb #2093c228
 def read_metadata(
@@ -350,8 +355,12 @@ def read_metadata(
     failed: bool = False,  # also the rows of images that could not be made
 ) -> pd.DataFrame:         # `METADATA_COLUMNS`; ids and texts as they stand
     "One row per image; of several rows the newest counts. Raises `InputError` if there is no such file."
-    newest = {r["image_path"]: r for r in _rows(path) if failed or r["status"] != "failed"}
-    table = pd.DataFrame(list(newest.values()), columns=list(METADATA_COLUMNS), dtype=object)
+    names, lines = _lines(path)
+    table = pd.DataFrame(dict(zip(names, zip(*lines))), dtype=object).reindex(columns=METADATA_COLUMNS, fill_value="")
+    if not failed: table = table[table.status != "failed"].reset_index(drop=True)
+    if table.image_path.duplicated().any():
+        order = table.image_path.unique()
+        table = table.drop_duplicates("image_path", keep="last").set_index("image_path", drop=False).loc[order].reset_index(drop=True)
     for name in ("seed", "steps", "guidance", "width", "height", "seconds", "bytes"): table[name] = pd.to_numeric(table[name], errors="coerce")
     return table.assign(seed=table["seed"].fillna(0).astype(int))
 

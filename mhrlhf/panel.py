@@ -13,13 +13,12 @@ from typing import NamedTuple
 import hashlib, time, uuid
 
 import pandas as pd
-import sqlalchemy as sql
 from fastcore.basics import patch
 
 from .aspects import ASPECTS, HIGHEST, LOWEST
 from .files import InputError, inside
 from .generate import read_metadata
-from .ratings import ASIDE, RatingStore, read_assignment
+from .ratings import ASIDE, RatingStore, StoreError, read_assignment
 
 # %% ../nbs/30_panel.ipynb #fb62f3be
 def rating_order(
@@ -220,8 +219,8 @@ def retry(self: RatingSession) -> bool:
         self.waiting = [w for w in self.waiting if w[0] != "answer"]
         while self.waiting: self.store.remark(**self.waiting[0][1]); self.waiting.pop(0)
         self.message = "saved"
-    except sql.exc.SQLAlchemyError as e:
-        self.message = f"NOT SAVED YET: the database says {str(getattr(e, 'orig', e))[:120]!r}; still waiting here: {len(self.waiting)}; tried again every few seconds, keep this page open"
+    except StoreError as e:
+        self.message = f"NOT SAVED YET: the database says {e.reason!r}; still waiting here: {len(self.waiting)}; tried again every few seconds, keep this page open"
     return not self.waiting
 
 @patch
@@ -239,6 +238,7 @@ def _set(self: RatingSession, at, aspect, value):
     (self.complete.add if self._finished(at) else self.complete.discard)(at)
     self.since, self.given = now, self.given + 1
     self._keep("answer", row)
+    if not self.waiting: self.message = f"saved: {aspect} {'taken back' if value is None else format(value, 'g')}"
 
 # %% ../nbs/30_panel.ipynb #f4228d93
 @patch
@@ -344,18 +344,32 @@ def press(self: RatingSession,
     self.worked(); self.acted = self.clock()
     return True
 
+# %% ../nbs/30_panel.ipynb #cfb0bb29
+_WATCH_JS = """
+function label(panel) {   // for screen readers; again when other aspects are asked or answered
+  panel.querySelectorAll(".mhrlhf-aspect").forEach(row => { row.setAttribute("role", "group"); row.setAttribute("aria-label", row.innerText.split("\\n")[0]); });
+  panel.querySelectorAll(".mhrlhf-aspect button").forEach(button => button.setAttribute("aria-pressed", button.classList.contains("mod-active")));
+  panel.querySelectorAll("img").forEach(img => img.alt = "the image to be rated");
+}
+function connect(panel, model) {   // the kernel owes an answer to each message; the panel says so if none comes
+  let asked = null;   // since when the kernel owes an answer
+  model.on("msg:custom", () => { asked = null; panel.classList.remove("mhrlhf-lost"); });
+  const send = message => { asked = asked || Date.now(); model.send(message); };
+  const watch = setInterval(() => { if (asked && Date.now() - asked > 4000) panel.classList.add("mhrlhf-lost"); }, 500);
+  const ticking = setInterval(() => send({ tick: true }), 5000);
+  return { send, close: () => { clearInterval(ticking); clearInterval(watch); } };
+}
+"""
+
 # %% ../nbs/30_panel.ipynb #24937a3f
-_KEYS_JS = """
+_KEYS_JS = _WATCH_JS + """
 function wire(panel, model) {
   panel.tabIndex = 0;
   panel.dataset.lmSuppressShortcuts = "true";
   panel.setAttribute("role", "application");
   panel.setAttribute("aria-label", "Rating panel: letters choose an aspect, digits rate it, x is ten");
-  const label = () => {   // for screen readers; again when other aspects are asked
-    panel.querySelectorAll(".mhrlhf-aspect").forEach(row => { row.setAttribute("role", "group"); row.setAttribute("aria-label", row.innerText.split("\\n")[0]); });
-    panel.querySelectorAll("img").forEach(img => img.alt = "the image to be rated");
-  };
-  label(); new MutationObserver(label).observe(panel, { childList: true, subtree: true });
+  label(panel); new MutationObserver(() => label(panel)).observe(panel, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
+  const { send, close } = connect(panel, model);
   panel.addEventListener("keydown", event => {
     const typing = ["INPUT", "TEXTAREA"].includes(event.target.tagName);
     if (typing) { if (["Enter", "Escape"].includes(event.key)) setTimeout(() => panel.focus()); return; }
@@ -366,7 +380,7 @@ function wire(panel, model) {
     const key = undo ? "u" : event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (!model.get("accepted").includes(key)) return;
     event.preventDefault(); event.stopPropagation();
-    model.send({ key });
+    send({ key });
     if (key === "n") panel.querySelector(".mhrlhf-note input").focus();
   }, true);
   panel.addEventListener("click", event => {
@@ -374,12 +388,13 @@ function wire(panel, model) {
     if (event.detail > 0 && event.target.tagName !== "INPUT") panel.focus({ preventScroll: true });
   });
   panel.focus({ preventScroll: true });
+  return close;
 }
 function render({ model, el }) {
-  const ticking = setInterval(() => model.send({ tick: true }), 5000);
-  const wait = () => { const panel = el.closest(".mhrlhf-panel"); panel ? wire(panel, model) : requestAnimationFrame(wait); };
+  let end = () => {}, over = false;
+  const wait = () => { const panel = el.closest(".mhrlhf-panel"); if (panel) end = wire(panel, model); else if (!over) requestAnimationFrame(wait); };
   wait();
-  return () => clearInterval(ticking);
+  return () => { over = true; end(); };
 }
 export default { render };
 """
@@ -404,6 +419,9 @@ _KEYS_CSS = """
 @container (max-width: 420px) { .mhrlhf-aspect .jupyter-button { width: 26px !important; min-width: 22px; padding: 0; } }
 @media (max-width: 1000px) { .mhrlhf-picture img { max-height: 34vh; } }
 .mhrlhf-panel kbd { border: 1px solid #8888; border-radius: 3px; padding: 0 4px; font-size: 85%; }
+.mhrlhf-aspect .widget-toggle-buttons .jupyter-button:last-child::after { content: " x"; font-size: 75%; opacity: .6; }
+@container (min-width: 421px) { .mhrlhf-aspect .widget-toggle-buttons .jupyter-button:last-child { width: 44px !important; } }
+.mhrlhf-lost::before { content: "NO ANSWER from the kernel: what is pressed now is NOT stored. Run the cell again (or reload this page); everything before is stored."; color: white; background: #b00020; padding: 6px; font-weight: bold; }
 .mhrlhf-warning { color: #b00020; font-weight: bold; }
 """
 
@@ -411,7 +429,7 @@ _KEYS_CSS = """
 import anywidget, ipywidgets, traitlets
 
 class KeyListener(anywidget.AnyWidget):
-    "Sends the keys pressed anywhere in the panel around it; an `on_msg` handler gets `{'key': …}`, and `{'tick': True}` every five seconds."
+    "Sends the keys pressed anywhere in the panel around it; an `on_msg` handler gets `{'key': …}`, and `{'tick': True}` every five seconds, and must answer, else the panel says that it is lost."
     _esm, _css = _KEYS_JS, _KEYS_CSS
     accepted = traitlets.List().tag(sync=True)  # those that mean something; all others are left to the browser
 
@@ -464,7 +482,7 @@ class RatingPanel(ipywidgets.VBox):
         store = database if isinstance(database, RatingStore) else RatingStore(database, patience=1.)
         self.session, self.root = RatingSession(images, store, rater, aspects, seed, block, assignment, repeats, calibration), root
         self.listener = KeyListener(accepted=[*self.session.keys, *ANSWERS, *MOVES, *STEPS, *ACTIONS])
-        self.listener.on_msg(lambda _, content, __: self.tick() if "tick" in content else self.press(content.get("key", "")))
+        self.listener.on_msg(self._heard)
         super().__init__(self._parts()); self.add_class("mhrlhf-panel")
         self.shown, self.asked = None, None
         self.refresh()
@@ -523,6 +541,12 @@ def press(self: RatingPanel,
 ):
     "Do what a key means, and show the result."
     if self.session.press(key): self.refresh()
+
+@patch
+def _heard(self: RatingPanel, _, content, __):
+    if "tick" in content: self.tick()
+    else: self.press(content.get("key", ""))
+    self.listener.send(dict(alive=True))
 
 @patch
 def tick(self: RatingPanel):

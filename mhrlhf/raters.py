@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'FEW_REPEATS', 'TrueScores', 'true_scores', 'correlation_interval', 'rater_profiles', 'suspect_raters',
            'plot_raters', 'rater_consistency', 'plot_disputed', 'aspect_correlations', 'planned_interval',
-           'PanelReport', 'panel_report']
+           'raters_needed', 'plot_plan', 'PanelReport', 'panel_report']
 
 # %% ../nbs/32_raters.ipynb #bc47ddbe
 from dataclasses import dataclass
@@ -238,6 +238,37 @@ def planned_interval(
     one = icc_2(ms)
     return type(one)(*(step_up(v, raters) for v in (one.value, one.low, one.high)))
 
+# %% ../nbs/32_raters.ipynb #b8b8563e
+def raters_needed(
+    half_width: float,  # of the 95 % interval of ICC(2,k)
+    images: int,
+    single: float = .5,      # see `planned_interval`
+    bias_share: float = .1,
+    most: int = 60,
+) -> int:
+    "How many raters for ±half_width? Raises `InputError` if `most` are not enough."
+    for raters in range(2, most + 1):
+        planned = planned_interval(images, raters, single, bias_share)
+        if (planned.high - planned.low) / 2 <= half_width: return raters
+    raise InputError(f"±{half_width:g} needs more images: it is reached with {images} images not with {most} raters")
+
+def plot_plan(
+    images: tuple = (50, 100, 200, 500),
+    raters: int = 12,        # at most
+    wanted: float = .05,     # half width
+    single: float = .5,      # see `planned_interval`
+    bias_share: float = .1,
+):  # a figure
+    "Half the width of the interval of ICC(2,k) against the number of raters."
+    fig, (ax,) = figure(1, 1, size=3.6)
+    for n in images:
+        planned = [planned_interval(n, k, single, bias_share) for k in range(2, raters + 1)]
+        ax.plot(range(2, raters + 1), [(p.high - p.low) / 2 for p in planned], marker=".", label=f"{n} images")
+    ax.axhline(wanted, color="grey", linestyle="--", label=f"±{wanted:g}")
+    ax.set_xlabel("raters of each image", fontsize=8); ax.set_ylabel("half width of the interval of ICC(2,k)", fontsize=8); ax.legend(fontsize=7)
+    ax.set_title(f"a planned panel (nobody asked yet): ICC(2,1) {single:g}", fontsize=8)
+    return fig
+
 # %% ../nbs/32_raters.ipynb #ed763305
 @dataclass
 class PanelReport:
@@ -267,10 +298,12 @@ def _rater_table(self: PanelReport):
     "A row a rater: how many ratings, mean bias, agreement with the others, consistency with oneself."
     table = suspect_raters(self.tidy)
     profiles = rater_profiles(self.tidy)
-    bias = profiles.bias.groupby("rater").mean().reindex(table.index)
+    own_way = profiles[["bias", "noise", "spread", "same_answer"]].groupby("rater").mean().reindex(table.index)
+    number = lambda column, form: [form.format(v) if pd.notna(v) else "cannot be told" for v in own_way[column]]
     cell = lambda v: str(Interval(*v))
     own = self.consistency.reindex(table.index)
-    return pd.DataFrame({"ratings": self.tidy.groupby("rater").size().reindex(table.index), "bias": [f"{b:+.1f}" if pd.notna(b) else "cannot be told" for b in bias],
+    return pd.DataFrame({"ratings": self.tidy.groupby("rater").size().reindex(table.index), "bias": number("bias", "{:+.1f}"), "noise": number("noise", "{:.1f}"),
+                         "spread of the answers": number("spread", "{:.1f}"), "most frequent answer": number("same_answer", "{:.0%}"),
                          "with the others": [cell(v) for v in table[["with_others", "with_others_low", "with_others_high"]].values],
                          "with oneself, ICC(1,1)": [cell(v) if pd.notna(v[0]) else "too few repeats" for v in own[["icc", "icc_low", "icc_high"]].values],
                          "": np.where(table.suspect, "talk to them", "")}, index=table.index)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['TIDY', 'OVERALL', 'RATINGS', 'REMARKS', 'ASIDE', 'REMARK_KINDS', 'SHEET_COLUMNS', 'ASSIGNED', 'SIMULATED', 'ENOUGH',
-           'parse_rating', 'rubric_version', 'shown_url', 'RatingStore', 'write_template', 'read_ratings_csv',
-           'read_remarks_csv', 'import_sheet', 'write_ratings_csv', 'write_assignment', 'read_assignment',
-           'aspect_order', 'mean_ratings', 'is_simulated', 'simulated_raters', 'simulated_panel', 'completeness']
+           'parse_rating', 'rubric_version', 'shown_url', 'RatingStore', 'StoreError', 'write_template', 'check_image',
+           'without_contradictions', 'read_ratings_csv', 'read_remarks_csv', 'import_sheet', 'write_ratings_csv',
+           'write_assignment', 'read_assignment', 'aspect_order', 'mean_ratings', 'is_simulated', 'simulated_raters',
+           'simulated_panel', 'completeness']
 
 # %% ../nbs/20_ratings.ipynb #79f34e38
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
@@ -20,7 +22,7 @@ import pandas as pd
 import sqlalchemy as sql
 
 from .aspects import ASPECTS, COLUMNS, HIGHEST, LOWEST, NAMES
-from .files import InputError, atomic_path, fingerprint, inside, read_table
+from .files import InputError, atomic_path, delimiter_of, fingerprint, inside, read_table
 
 # %% ../nbs/20_ratings.ipynb #0cecb7a0
 TIDY = ("rater", "prompt_id", "image_path", "aspect", "value")  # the columns of every table of ratings
@@ -103,18 +105,35 @@ class RatingStore:
 
     def __repr__(self): return f"RatingStore({shown_url(self.engine.url)})"
 
-# %% ../nbs/20_ratings.ipynb #5e2b64d6
-def _check(rows, aspects):
-    for column in TIDY[:4]:
-        empty = rows[column].isna() | (rows[column].astype(str).str.strip() == "")
-        if empty.any(): raise InputError(f"rating {int(np.flatnonzero(empty)[0])} has no {column}; nothing was stored")
-    if len(unknown := set(rows.aspect) - set(aspects)): raise InputError(f"no aspect {', '.join(map(repr, sorted(unknown)))}; there are: {', '.join(aspects)}; nothing was stored")
-    bad = rows.value.notna() & ~rows.value.between(LOWEST, HIGHEST)
-    if bad.any(): raise InputError(f"rating {rows.value[bad].iloc[0]:g} of {rows.image_path[bad].iloc[0]} by {rows.rater[bad].iloc[0]}: a number from {LOWEST} to {HIGHEST} is needed; nothing was stored")
+# %% ../nbs/20_ratings.ipynb #cb33ce1d
+class StoreError(InputError):
+    "The database did not do what it was asked; `reason` is what it said."
+    def __init__(self, url, error):
+        while error.__cause__: error = error.__cause__
+        self.reason = " ".join(str(error).split())[:120]
+        super().__init__(f"database {shown_url(url)}: {self.reason}; nothing of this was stored, everything before is safe: free the database (another program, a full disk, a server that is down), then do it again")
 
-def _records(rows, columns):
-    rows = rows.reindex(columns=columns).astype(object)
-    return rows.where(rows.notna(), None).to_dict("records")
+@contextmanager
+def _transaction(engine):
+    "All of a block is stored, or nothing."
+    try:
+        with engine.begin() as connection: yield connection
+    except (sql.exc.SQLAlchemyError, pd.errors.DatabaseError) as e: raise StoreError(engine.url, e) from None
+
+# %% ../nbs/20_ratings.ipynb #5e2b64d6
+_NEEDED = "rater", "prompt_id", "image_path", "aspect"
+_KINDS = dict.fromkeys(_NEEDED, str) | dict(value=float, seconds=float, position=int, source=str, session=str)
+
+def _record(row, number, aspects):
+    "A row as it is stored. Raises `InputError`."
+    found = {c: None if pd.isna(v := row.get(c)) else v for c in _KINDS}
+    if empty := [c for c in _NEEDED if not str(found[c] or "").strip()]: raise InputError(f"rating {number} has no {empty[0]}; nothing was stored")
+    try: found = {c: None if v is None else _KINDS[c](v) for c, v in found.items()}
+    except ValueError: raise InputError(f"rating {number}: {found}: value, seconds and position must be numbers; nothing was stored") from None
+    if found["aspect"] not in aspects: raise InputError(f"no aspect {found['aspect']!r}; there are: {', '.join(aspects)}; nothing was stored")
+    if found["value"] is not None and not LOWEST <= found["value"] <= HIGHEST:
+        raise InputError(f"rating {found['value']:g} of {found['image_path']} by {found['rater']}: a number from {LOWEST} to {HIGHEST} is needed; nothing was stored")
+    return found
 
 # %% ../nbs/20_ratings.ipynb #ccc604b5
 from fastcore.basics import patch
@@ -126,13 +145,13 @@ def add(self: RatingStore,
     aspects: tuple = NAMES,  # those allowed, besides the overall rating
 ) -> int:                   # how many were stored
     "Append ratings. Raises `InputError` and stores nothing if one of them is faulty."
-    rows = pd.DataFrame(rows)
-    if not len(rows): return 0
-    if missing := [c for c in TIDY if c not in rows]: raise InputError(f"ratings lack {', '.join(missing)}; nothing was stored")
-    rows = rows.assign(value=pd.to_numeric(rows.value, errors="raise"), rubric=rubric_version(), source=rows.source.fillna(source) if "source" in rows else source, created_at=_now())
-    _check(rows, (*aspects, OVERALL))
-    with self.engine.begin() as c: c.execute(RATINGS.insert(), _records(rows, [c.name for c in RATINGS.columns if c.name != "id"]))
-    return len(rows)
+    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
+    if missing := [c for c in TIDY if rows and c not in rows[0]]: raise InputError(f"ratings lack {', '.join(missing)}; nothing was stored")
+    found = [_record(row, n, (*aspects, OVERALL)) for n, row in enumerate(rows)]
+    more = dict(rubric=rubric_version(), created_at=_now())
+    if not found: return 0
+    with _transaction(self.engine) as c: c.execute(RATINGS.insert(), [r | more | dict(source=r["source"] or source) for r in found])
+    return len(found)
 
 # %% ../nbs/20_ratings.ipynb #6dadfef4
 ASIDE = ("repeat", "calibration")  # sources whose answers do not count as ratings
@@ -151,7 +170,7 @@ def ratings(self: RatingStore,
     where = [RATINGS.c[k] == v for k, v in dict(rater=rater, source=source).items() if v]
     if not source: where.append(RATINGS.c.source.not_in(ASIDE))
     if not overall: where.append(RATINGS.c.aspect != OVERALL)
-    with self.engine.connect() as c: return pd.read_sql(_newest(RATINGS, where), c)[list(TIDY)]
+    with _transaction(self.engine) as c: return pd.read_sql(_newest(RATINGS, where), c)[list(TIDY)]
 
 @patch
 def repeats(self: RatingStore) -> pd.DataFrame:  # the `TIDY` columns and `again`, the value given at the second look
@@ -162,7 +181,7 @@ def repeats(self: RatingStore) -> pd.DataFrame:  # the `TIDY` columns and `again
 @patch
 def history(self: RatingStore) -> pd.DataFrame:
     "Every entry ever made, in order."
-    with self.engine.connect() as c: return pd.read_sql(sql.select(RATINGS).order_by(RATINGS.c.id), c)
+    with _transaction(self.engine) as c: return pd.read_sql(sql.select(RATINGS).order_by(RATINGS.c.id), c)
 
 # %% ../nbs/20_ratings.ipynb #5a29d2ef
 @patch
@@ -176,7 +195,7 @@ def last_changes(self: RatingStore,
     before = sql.func.lag(RATINGS.c.value).over(partition_by=(RATINGS.c.image_path, RATINGS.c.aspect, aside), order_by=RATINGS.c.id).label("before")
     every = sql.select(RATINGS.c.id, RATINGS.c.image_path, RATINGS.c.aspect, RATINGS.c.source, RATINGS.c.value, before).where(RATINGS.c.rater == rater).subquery()
     newest = sql.select(every).where(every.c.source.in_(sources)).order_by(every.c.id.desc()).limit(limit)
-    with self.engine.connect() as c: found = pd.read_sql(newest, c)[::-1].reset_index(drop=True)
+    with _transaction(self.engine) as c: found = pd.read_sql(newest, c)[::-1].reset_index(drop=True)
     return found.drop(columns="id").astype(dict(value=float, before=float))
 
 # %% ../nbs/20_ratings.ipynb #66c0baf2
@@ -195,7 +214,7 @@ def remark(self: RatingStore,
     "Append a remark about an image."
     if kind not in REMARK_KINDS: raise InputError(f"no remark {kind!r}; there are: {', '.join(REMARK_KINDS)}")
     entry = dict(rater=rater, prompt_id=prompt_id, image_path=image_path, aspect=kind, value=text or None, source=source, session=session, created_at=_now())
-    with self.engine.begin() as c: c.execute(REMARKS.insert(), [entry])
+    with _transaction(self.engine) as c: c.execute(REMARKS.insert(), [entry])
 
 @patch
 def remarks(self: RatingStore,
@@ -203,7 +222,7 @@ def remarks(self: RatingStore,
 ) -> pd.DataFrame:    # rater, prompt_id, image_path, kind, text
     "The remarks that count."
     where = [REMARKS.c.rater == rater] if rater else []
-    with self.engine.connect() as c: found = pd.read_sql(_newest(REMARKS, where), c)
+    with _transaction(self.engine) as c: found = pd.read_sql(_newest(REMARKS, where), c)
     return found.rename(columns=dict(aspect="kind", value="text"))[["rater", "prompt_id", "image_path", "kind", "text"]]
 
 # %% ../nbs/20_ratings.ipynb #8d7005d6
@@ -220,7 +239,7 @@ def _clean_path(text): return re.sub(r"^(\./)+", "", str(text).strip().replace("
 
 def _append_to_sheet(path, images):
     text = Path(path).read_bytes().decode("utf-8-sig"); header = text.splitlines()[0]
-    delimiter = ";" if header.count(";") > header.count(",") else ","
+    delimiter = delimiter_of(header)
     columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter))]
     out = io.StringIO(); writer = csv.writer(out, delimiter=delimiter, lineterminator="\r\n" if "\r\n" in text else "\n")
     writer.writerows([image.get(c, "") if c in ("prompt_id", "image_path", "prompt") else "" for c in columns] for image in images.to_dict("records"))
@@ -257,18 +276,28 @@ def _without_comment(values, columns):
             return values | {column: text.split("#")[0].strip()} | rest
     return values
 
+def check_image(
+    path: str,       # image_path, as written
+    prompt_id: str,  # as written, perhaps empty
+    images: dict,    # image_path -> prompt_id of the images to be rated; None: not checked
+) -> tuple:          # prompt_id, image_path
+    "Which image is meant. `ValueError` holds the faulty column, its value and the reason."
+    path = _clean_path(path)
+    def fault(column, value, why): raise ValueError(column, value, why)
+    if not path: fault("image_path", path, "name the image")
+    try: file = inside(".", path)
+    except InputError: fault("image_path", path, "lies outside the project; write the path as in the images' metadata")
+    if images is not None and path not in images: fault("image_path", path, "not one of the images to be rated; correct the path, or remove the row if the image was deleted")
+    if images is not None and not file.exists(): fault("image_path", path, "this image was deleted; restore it, or remove the row")
+    if not (found := prompt_id or (images or {}).get(path, "")): fault("prompt_id", prompt_id, "write the prompt's id")
+    if images is not None and images[path] != found: fault("prompt_id", prompt_id, f"this image belongs to prompt_id {images[path]}; correct one of the two")
+    return found, path
+
 def _whose(row, images, rater):
-    "The rater, prompt_id and image_path of a row, or a `ValueError` with column and reason."
-    path = _clean_path(row["image_path"])
-    if not path: raise ValueError("image_path", "name the image")
-    try: inside(".", path)
-    except InputError: raise ValueError("image_path", "lies outside the project; write the path as in the images' metadata") from None
-    if images is not None and path not in images: raise ValueError("image_path", "not one of the images to be rated; correct the path, or remove the row if the image was deleted")
-    prompt_id = row["prompt_id"] or (images or {}).get(path, "")
-    if not prompt_id: raise ValueError("prompt_id", "write the prompt's id")
-    if images is not None and images[path] != prompt_id: raise ValueError("prompt_id", f"this image belongs to prompt_id {images[path]}; correct one of the two")
+    "The rater, prompt_id and image_path of a row, or a `ValueError` as in `check_image`."
+    prompt_id, path = check_image(row["image_path"], row["prompt_id"], images)
     who = row["rater"] if "rater" in row.values else rater
-    if not who: raise ValueError("rater", "write who rated")
+    if not who: raise ValueError("rater", "", "write who rated")
     return who, prompt_id, path
 
 # %% ../nbs/20_ratings.ipynb #9eace40b
@@ -277,23 +306,27 @@ def _row_ratings(row, columns, images, rater, faults):
     row = type(row)(row.path, row.line, _without_comment(row.values, columns))
     if not any(row[c] for c in columns): return []
     try: who, prompt_id, path = _whose(row, images, rater)
-    except ValueError as e: faults.append(row.fault(*e.args)); return []
+    except ValueError as e: faults.append(row.fault(e.args[0], e.args[2])); return []
     found = []
     for column, aspect in columns.items():
         try: value = parse_rating(row[column])
         except ValueError as e: faults.append(row.fault(column, e)); continue
-        if value is not None: found.append(dict(rater=who, prompt_id=prompt_id, image_path=path, aspect=aspect, value=value, line=row.line, column=column))
+        if value is not None: found.append(dict(rater=who, prompt_id=prompt_id, image_path=path, aspect=aspect, value=value, where=f"line {row.line}", place=f"{row.path}:{row.line}: column {column}"))
     return found
 
-def _without_contradictions(path, found, faults):
+def without_contradictions(
+    found: list,   # of dicts with the `TIDY` columns, `place` (in words) and `where` (short)
+    faults: list,  # gets the contradictions
+) -> pd.DataFrame:  # tidy, with what else the dicts have
+    "Answers of the same rater about the same thing count once, and not at all if they differ."
     first, bad = {}, set()
     for r in found:
         key = r["rater"], r["image_path"], r["aspect"]
         if (other := first.setdefault(key, r))["value"] == r["value"]: continue
         bad.add(key)
-        faults.append(f"{path}:{r['line']}: column {r['column']}, value {r['value']:g}: contradicts line {other['line']} ({other['value']:g}) of the same rater and image; "
-                      "neither is taken: delete one of them, or name different raters in a column rater")
-    return [r for key, r in first.items() if key not in bad]
+        faults.append(f"{r['place']}, value {r['value']:g}: contradicts {other['where']} ({other['value']:g}) of the same rater and image; neither is taken: delete one of them, or name different raters")
+    good = [{c: v for c, v in r.items() if c not in ("place", "where")} for key, r in first.items() if key not in bad]
+    return pd.DataFrame(good, columns=list(good[0]) if good else list(TIDY))
 
 # %% ../nbs/20_ratings.ipynb #7920abf8
 def read_ratings_csv(
@@ -307,7 +340,7 @@ def read_ratings_csv(
     header = list(rows[0].values) if rows else list(SHEET_COLUMNS)
     columns = _rating_columns(path, header, faults)
     found = [r for row in rows for r in _row_ratings(row, columns, images, rater, faults)]
-    return pd.DataFrame(_without_contradictions(path, found, faults), columns=list(TIDY)), faults
+    return without_contradictions(found, faults), faults
 
 # %% ../nbs/20_ratings.ipynb #745dfd61
 def read_remarks_csv(
@@ -315,44 +348,53 @@ def read_remarks_csv(
     images: dict = None,   # see `read_ratings_csv`
     rater: str = "sheet",  # the rater's name if the sheet has no column for it
 ) -> list:                 # of dicts for `RatingStore.remark`
-    "The flags and notes of a sheet; rows whose image or rater is faulty are left to `read_ratings_csv` to report."
+    "The flags, notes and skips of a sheet; rows whose image or rater is faulty are left to `read_ratings_csv` to report."
     found = []
     for row in read_table(path, ("prompt_id", "image_path"), faults=[]):
         try: who, prompt_id, image = _whose(row, images, rater)
         except ValueError: continue
-        found += [dict(rater=who, prompt_id=prompt_id, image_path=image, kind=k, text=row[k]) for k in ("flag", "note") if row.get(k)]
+        found += [dict(rater=who, prompt_id=prompt_id, image_path=image, kind=k, text=row[k]) for k in REMARK_KINDS if row.get(k)]
     return found
 
 # %% ../nbs/20_ratings.ipynb #9b628324
+@patch
+def add_new(self: RatingStore,
+    tidy: pd.DataFrame,  # ratings
+    remarks: list,       # of dicts for `RatingStore.remark`
+    source: str,         # where they come from: csv, label-studio, …
+) -> int:                # how many ratings were new or changed
+    "Store what differs from what this source has said before."
+    before = self.ratings(source=source, overall=True)
+    seen = tidy.merge(before.drop(columns="prompt_id"), on=["rater", "image_path", "aspect"], how="left", suffixes=("", "_before"))
+    new = seen[seen.value != seen.value_before].drop(columns="value_before")
+    self.add(new, source=source)
+    there = set(self.remarks()[["rater", "image_path", "kind", "text"]].itertuples(index=False, name=None))
+    for r in remarks:
+        if (r["rater"], r["image_path"], r["kind"], r["text"]) not in there: self.remark(**r, source=source)
+    return len(new)
+
 def import_sheet(
     store: RatingStore,
     path,                 # the filled sheet
     images: dict = None,  # see `read_ratings_csv`
+    rater: str = "sheet",  # the rater's name if the sheet has no column for it
 ) -> tuple:               # how many ratings were new or changed, list of faults
     "Store what is new in a sheet: its good rows, whatever else is wrong."
-    tidy, faults = read_ratings_csv(path, images)
-    with store.engine.connect() as c: before = pd.read_sql(_newest(RATINGS, [RATINGS.c.source == "csv"]), c)
-    key = ["rater", "image_path", "aspect"]
-    seen = tidy.merge(before[[*key, "value"]], on=key, how="left", suffixes=("", "_before"))
-    new = seen[seen.value != seen.value_before]
-    store.add(new[list(TIDY)], source="csv")
-    there = set(store.remarks()[["rater", "image_path", "kind", "text"]].itertuples(index=False, name=None))
-    for r in read_remarks_csv(path, images):
-        if (r["rater"], r["image_path"], r["kind"], r["text"]) not in there: store.remark(**r, source="csv")
-    return len(new), faults
+    tidy, faults = read_ratings_csv(path, images, rater)
+    return store.add_new(tidy, read_remarks_csv(path, images, rater), "csv"), faults
 
 # %% ../nbs/20_ratings.ipynb #81c307f4
 def write_ratings_csv(
     path,                # CSV to write
     store: RatingStore,
 ) -> int:                # rows written
-    "Export the store in the sheet's columns; `read_ratings_csv` reads it back."
+    "Export the store in the sheet's columns, and one for skips; `import_sheet` reads it back."
     column = dict(zip(NAMES, COLUMNS)) | {OVERALL: "overall_rating"}
-    key = ["prompt_id", "image_path", "rater"]
-    tidy, remarks = store.ratings(overall=True), store.remarks().query("kind != 'skip'")
-    long = pd.concat([tidy.assign(column=tidy.aspect.map(column), value=tidy.value.map("{:g}".format)),
+    key, columns = ["prompt_id", "image_path", "rater"], [*SHEET_COLUMNS[:-1], "skip", SHEET_COLUMNS[-1]]
+    tidy, remarks = store.ratings(overall=True), store.remarks()
+    long = pd.concat([tidy.assign(column=tidy.aspect.map(column), value=tidy.value.map(lambda v: str(v).removesuffix(".0"))),
                       remarks.assign(column=remarks.kind, value=remarks.text)])
-    wide = long.pivot(index=key, columns="column", values="value").reset_index().reindex(columns=SHEET_COLUMNS).fillna("")
+    wide = long.pivot(index=key, columns="column", values="value").reset_index().reindex(columns=columns, fill_value="").fillna("")
     with atomic_path(path) as p: wide.to_csv(p, index=False)
     return len(wide)
 

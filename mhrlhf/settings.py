@@ -79,6 +79,13 @@ class AnnotateSettings(Settings):
     one_aspect: bool = False  # within a block, one aspect at a time
     more: int = 0           # further answers to ask for, where they tell most
     uncertainty: str = ""   # CSV with image_path and <aspect>_uncertainty of a reward model, for --more
+    read: tuple[str, ...] = ()  # further filled sheets (CSV) and exports of Label Studio or Argilla (JSON) to take ratings from
+    people: str = ""        # CSV with user and rater: who is behind the numbers and UUIDs in those exports
+    csv: str = ""           # CSV to write: all ratings and remarks that count, in the sheet's columns
+    label_studio: str = ""  # folder to write: a Label Studio project of the images (config.xml, tasks.json)
+    argilla: str = ""       # folder to write: an Argilla dataset of the images; needs --address
+    address: str = ""       # what comes before an image's path in these two, such as https://server/; default: Label Studio's local files
+    answers: bool = False   # what was said so far goes with the images into these two
     assignment: str = ""    # CSV of who rates what; default: assignment.csv beside the sheet; kept up to date with --raters
     report: str = ""        # HTML file for the full report with pictures, such as outputs/panel.html
     repeats: float = 0.     # share of the images that the served panel shows a second time

@@ -36,6 +36,8 @@ def running_lab(folder, home):
     environment = os.environ | {k: str(home / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+    quiet = home / "JUPYTER_CONFIG_DIR/labconfig/page_config.json"; quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps(dict(disabledExtensions={"@jupyterlab/apputils-extension:announcements": True})))   # its question would lie over the panel
     with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -137,6 +139,8 @@ def test_the_mouse_works_and_gives_the_keyboard_back(page, lab):
     press(page, folder, "4")
     assert stored(folder)[-1][1:] == ("style", 4)
     assert page.locator(".mhrlhf-aspect").nth(0).locator(".mod-active").count() == 0, "an unanswered aspect shows an answer"
+    wait_for(lambda: page.locator(".mhrlhf-aspect [aria-pressed=true]").all_inner_texts() == ["6", "4"])   # for a screen reader
+    assert page.locator(".mhrlhf-aspect[role=group]").count() == 5
 
 def test_a_note_is_typed_without_rating(page, lab):
     folder, _ = lab
@@ -202,8 +206,14 @@ def test_reloading_the_page_resumes(page, lab):
 def test_restarting_the_kernel_resumes(page, lab):
     folder, url = lab
     press(page, folder, "5")
+    before = len(stored(folder))
     for kernel in answers(f"{url}/api/kernels"): answers(f"{url}/api/kernels/{kernel['id']}/restart", method="POST")
+    page.keyboard.press("6")   # into a panel whose kernel has forgotten it
+    page.wait_for_selector(".mhrlhf-lost")
+    shot(page, "panel-lost.png")
+    assert len(stored(folder)) == before
     open_panel(page, url)
+    assert not page.locator(".mhrlhf-lost").count()
     wait_for(lambda: page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4", "5"])
     press(page, folder, "u")   # what was answered before the restart
     wait_for(lambda: page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4"])
