@@ -78,6 +78,7 @@ class Row:
 def _text(path):
     try: return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError: raise InputError(f"{path}: no such file") from None
+    except PermissionError: raise InputError(f"{path}: may not be read; change its rights") from None
     except IsADirectoryError: raise InputError(f"{path}: is a folder, a CSV file is needed") from None
     except UnicodeDecodeError as e:
         line = Path(path).read_bytes()[:e.start].count(b"\n") + 1

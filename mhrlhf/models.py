@@ -95,7 +95,9 @@ def _quiet():
     "No bars for loading a file; the stages draw their own."
     import diffusers, transformers
     diffusers.utils.logging.disable_progress_bar(); transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.get_logger("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl").setLevel("ERROR")  # it tells of long prompts twice a batch; generate tells once
+    import logging
+    for name in ("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "transformers.tokenization_utils_base", "huggingface_hub"):  # they tell of long prompts and of missing weights many times; we tell once
+        logging.getLogger(name).setLevel("ERROR")
 
 def where_is(
     name: str,
