@@ -9,11 +9,14 @@ __all__ = ['BANDS', 'PLACES', 'SHARPNESS', 'OPPOSITES', 'VIEWS', 'WIDTH', 'BUMPS
            'heldout_error', 'without_own', 'fit_lines', 'unseen_spread', 'train_hidden', 'without_fold_means', 'earned',
            'choose', 'Fit', 'fit_hidden', 'fit_heads', 'keep_kinds', 'overall_weights', 'choice_weights',
            'read_choices', 'combination_weights', 'RewardModel', 'save_model', 'Rated', 'rating_weights',
-           'rated_images', 'Trained', 'train', 'extreme_pictures', 'pictures', 'write_results', 'changed_images', 'run']
+           'rated_images', 'Trained', 'train', 'extreme_pictures', 'pictures', 'write_results', 'changed_images',
+           'tracked', 'run']
 
 # %% ../nbs/41_reward.ipynb #ae146190
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 import copy, hashlib, json, math, os, shutil, time
 
@@ -101,14 +104,14 @@ OPPOSITES = ("good photo/bad photo, on the left/on the right, at the top/at the 
 
 @torch.no_grad()
 def opposite_axes(
-    backbone,
+    encode,            # function of texts -> (n, d), such as `FeatureCache.text`
     prompts: list,     # of texts
     opposites: list,   # pairs of phrases
     said: int = 64,    # after at most so many prompts
 ) -> torch.Tensor:     # (d, pairs), columns of unit length
     "Directions from the second phrase to the first."
     some = sorted(set(prompts)); some = some[::math.ceil(len(some) / said)]
-    text = lambda phrase: encode_prompts(backbone, [f"{p}, {phrase}" for p in some]).float().mean(0)
+    text = lambda phrase: encode([f"{p}, {phrase}" for p in some]).float().mean(0)
     return F.normalize(torch.stack([text(a) - text(b) for a, b in opposites], 1), dim=0).cpu()
 
 def readings(
@@ -768,12 +771,13 @@ def train(
     ceilings: dict = {},   # aspect -> noise ceiling
     watch=lambda epoch, scores: None,  # called with every epoch's explained share per head
     choices=None,          # DataFrame winner, loser of images, for the combination weights
+    encode=None,           # function of texts -> embeddings of the backbone, such as `FeatureCache.text`; default: compute them
 ) -> Trained:
     "Heads, report and combination weights for rated images. Raises `InputError` for features that are not finite."
     if not all(t.isfinite().all() for t in (features.image, features.text) + (() if features.patches is None else (features.patches,))):
         raise InputError(f"features of backbone {backbone.name} are not finite numbers; delete {settings.cache} and load a sound backbone")
     aspects, folds = list(rated.ratings), prompt_folds(rated.prompt_ids, settings.folds, settings.seed)
-    pairs = _pairs(settings.opposites); axes = opposite_axes(backbone, list(rated.prompts), pairs) if pairs else None
+    pairs = _pairs(settings.opposites); axes = opposite_axes(encode or partial(encode_prompts, backbone), list(rated.prompts), pairs) if pairs else None
     projection, (mean, std, y) = fit_projection(features, axes), _standard(rated)
     weight, groups = torch.tensor(rated.weights.values, dtype=torch.float), np.unique(rated.prompt_ids, return_inverse=True)[1]
     fit = fit_heads(projection(features), projection.plain, y, weight, torch.from_numpy(folds), torch.from_numpy(groups), aspects, settings, watch)
@@ -863,19 +867,26 @@ def _ceilings(tidy):
     return {a: float(c) for a, c in table.ceiling.items() if pd.notna(c)}
 
 def _see_all(rated, backbone, settings):
-    "Features of all rated images, with progress."
+    "Features of all rated images, with progress; and what encodes texts."
     start = time.time()
     def progress(done, todo): print(f"\rfeatures: {done}/{todo} images, {(time.time() - start) * (todo - done) / done:.0f} s left ", end="" if done < todo else "\n", flush=True)
     cache = FeatureCache(settings.cache, backbone, progress=progress)
     features = cache.get(rated.paths, rated.prompts, ".", summary); rated.contents = cache.contents(rated.paths)
     print(f"features of {len(rated)} images: {cache.computed} computed, the others kept in {cache.folder}")
-    return features
+    return features, cache.text
+
+@contextmanager
+def tracked(folder):
+    "A folder for this run's logs, and accelerate's TensorBoard tracker in it: each figure is on the disk at once, so that `mhrlhf monitor` follows the run."
+    from accelerate.tracking import TensorBoardTracker
+    tracker = TensorBoardTracker(time.strftime("%Y%m%d-%H%M%S"), str(folder)); tracker.start()
+    try: yield Path(folder) / tracker.run_name, tracker
+    finally: tracker.finish()
 
 def run(
     settings,  # see `settings.TrainRewardSettings`
 ):
     "Step 4: train the heads, report, write. Raises `InputError`."
-    from torch.utils.tensorboard import SummaryWriter
     from mhrlhf.generate import read_metadata
     from mhrlhf.ratings import RatingStore, is_simulated
     store = RatingStore(settings.database); tidy, metadata = store.ratings(overall=True), read_metadata(settings.metadata)
@@ -885,12 +896,12 @@ def run(
     print(f"{len(rated)} images of {len(set(rated.prompt_ids))} prompts, {len(tidy):,} ratings of {tidy.rater.nunique()} {'SIMULATED ' if is_simulated(tidy) else ''}raters")
     for a, why in rated.left_out.items(): print(f"no head for {a}: {why}")
     backbone = load_backbone(settings.backbone, settings.device)
-    features, logs = _see_all(rated, backbone, settings), Path(settings.output) / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    features, encode = _see_all(rated, backbone, settings)
     raise_faults(changed_images(_oldest_counting(store)[rated.paths], metadata.set_index("image_path").created_at, pd.Series(rated.contents, rated.paths), Path(settings.output) / "heldout.csv"))
-    with SummaryWriter(logs) as writer:
+    with tracked(Path(settings.output) / "logs") as (logs, tracker):
         def watch(epoch, scores):
-            for a, s in zip(rated.ratings, scores): writer.add_scalar(f"held-out explained share/{a}", s, epoch)
+            tracker.log({f"held-out explained share/{a}": float(s) for a, s in zip(rated.ratings, scores)}, step=epoch)
             if epoch % 10 == 0: print(f"\repoch {epoch}: explained share on held-out prompts {scores.mean():.3f} ", end="", flush=True)
-        trained = train(rated, features, backbone, settings, _ceilings(tidy[tidy.aspect != "overall"]), watch, choices)
+        trained = train(rated, features, backbone, settings, _ceilings(tidy[tidy.aspect != "overall"]), watch, choices, encode)
     files = write_results(trained, settings, dict(simulated=bool(is_simulated(tidy)), raters=int(tidy.rater.nunique())))
-    print(f"\n\nheld out, {settings.folds} folds by prompt, 95 % intervals over prompts:\n{show_report(trained.report).to_string()}\n\nhow far to trust them: calibration, uncertainty, leakage\n{trained.trust}\n\nweights: {trained.weights_from}\n\n" + "\n".join(map(str, files + [logs])))
+    print(f"\n\nheld out, {settings.folds} folds by prompt, 95 % intervals over prompts:\n{show_report(trained.report).to_string()}\n\nhow far to trust them: calibration, uncertainty, leakage\n{trained.trust}\n\n{trained.trust.genre_text()}weights: {trained.weights_from}\n\n" + "\n".join(map(str, files + [logs])))

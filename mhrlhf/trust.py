@@ -300,6 +300,14 @@ def table(self: Trust) -> pd.DataFrame:  # texts, a row per head
     return pd.DataFrame(rows).T.rename_axis("aspect")
 
 @patch
+def genre_text(self: Trust) -> str:  # "" where there is only one genre
+    "Each head's correlation and bias per genre."
+    if not len(self.genres): return ""
+    cells = pd.Series({k: f"{with_interval(r, 'plcc')} {r.bias:+.2f}" for k, r in self.genres.iterrows()})
+    shown = cells.unstack()[list(self.calibration.index)]; shown.insert(0, "images", self.genres.images.groupby("genre").max().astype(int))
+    return f"per genre: PLCC, and what is said too much\n{shown.rename_axis('genre').to_string()}\n\n"
+
+@patch
 def __repr__(self: Trust): return self.table().to_string()
 
 @patch
