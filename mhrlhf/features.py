@@ -279,6 +279,15 @@ def contents(self: FeatureCache,
     return self._keys(list(map(str, image_paths)), str(root))[0]
 
 @patch
+def text(self: FeatureCache,
+    prompts: list,    # n texts
+) -> torch.Tensor:    # (n, d), unit length
+    "Text embeddings; what is not in the cache is computed and kept."
+    self._refresh()
+    if new := sorted(set(prompts) - set(self.texts)): self._write("texts", dict(text=encode_prompts(self.backbone, new).cpu()), dict(texts=new))
+    return self._gather([self.texts[p] for p in prompts], "text")
+
+@patch
 def get(self: FeatureCache,
     image_paths: list,  # n paths, relative to the root
     prompts: list,      # n texts
@@ -292,6 +301,5 @@ def get(self: FeatureCache,
     for k, p in zip(keys, full):
         if k not in self.where and p not in todo.setdefault(k, []): todo[k].append(p)
     if todo: self._compute(todo)
-    if new := sorted(set(prompts) - set(self.texts)): self._write("texts", dict(text=encode_prompts(self.backbone, new).cpu()), dict(texts=new))
     places = [self.where[k] for k in keys]
-    return Features(self._gather(places, "image"), self._gather([self.texts[p] for p in prompts], "text"), self._gather(places, "patches", summary))
+    return Features(self._gather(places, "image"), self.text(prompts), self._gather(places, "patches", summary))

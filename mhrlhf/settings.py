@@ -107,12 +107,12 @@ class TrainRewardSettings(Settings):
     output: Path = Path("outputs/multihead_reward_model")  # folder written
     cache: Path = Path("outputs/features")                 # features, kept by content
     opposites: str = "auto"       # pairs of phrases between which an image is read, such as sharp/very blurry, tiny/huge; auto: those of notebook 41; or none
-    hidden: int = 64              # width of a head's hidden layer; 0: linear heads
+    hidden: int = 32              # width of a head's hidden layer; 0: linear heads
     dropout: float = 0.1          # probability
-    lr: float = 1e-3              # AdamW learning rate
+    lr: float = 2e-3              # AdamW learning rate
     weight_decay: float = 0.05    # AdamW
     epochs: int = 300             # at most; early stopping ends before
-    patience: int = 40            # epochs without a better combined validation score
+    patience: int = 16            # epochs without a better combined validation score
     folds: int = 5                # of the cross-validation, split by prompt
     weights: str = "auto"         # of the composite. auto: learned from choices or overall ratings, else from reliability; equal; or by hand: spatial=2,style=1
     choices: str = ""             # CSV with winner and loser (image paths): pairwise choices to learn the weights from

@@ -22,8 +22,9 @@ import pandas as pd
 @lru_cache(2)
 def _counts(prompts, draws, seed):
     "How often each prompt is in each draw."
-    rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(prompts, size=prompts), minlength=prompts) for _ in range(draws)]).astype(np.float32)
+    rng, counts = np.random.default_rng(seed), np.empty((draws, prompts), np.float32)
+    for row in counts: row[:] = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
+    return counts
 
 class Draws:
     "A sample of images and its bootstrap over prompts."
@@ -82,13 +83,18 @@ def heldout_report(
     rated: pd.DataFrame,      # image x aspect, NaN where not rated
     prompt_ids,               # one per image
     ceilings: dict,           # aspect -> noise ceiling; may lack some
+    folds,                    # one per image
 ) -> pd.DataFrame:            # index aspect
     "Figures with 95 % intervals of every head."
     rows = {}
     for a in predicted:
         low = correlations(floor[a], rated[a], prompt_ids)
+        p, b, f, ids, fold, _ = _known(predicted[a], rated[a], floor[a], prompt_ids, folds); sample = Draws(ids)
+        gain = _moments(p, b, sample)[0] - _moments(f.astype(float) - b.mean(), b, sample)[0]
+        apart = [_moments(p[at], b[at], Draws(ids[at], 1))[0][0] for at in (fold == k for k in np.unique(fold)) if at.sum() > 2]
         rows[a] = dict(images=int(rated[a].notna().sum()), **correlations(predicted[a], rated[a], prompt_ids),
-                       **{f"floor{k[4:]}": low[k] for k in ("plcc", "plcc_low", "plcc_high")}, ceiling=ceilings.get(a, math.nan))
+                       **{f"floor{k[4:]}": low[k] for k in ("plcc", "plcc_low", "plcc_high")},
+                       **interval("gain", gain), fold_sd=float(np.std(apart, ddof=1)) if len(apart) > 1 else math.nan, ceiling=ceilings.get(a, math.nan))
     report = pd.DataFrame(rows).T.rename_axis("aspect")
     return report.assign(images=report.images.astype(int), share=report.plcc / report.ceiling)
 
@@ -103,10 +109,11 @@ def with_interval(
 def show_report(
     report: pd.DataFrame,  # of `heldout_report`
 ) -> pd.DataFrame:         # texts
-    "The report as people read it."
+    "The report as people read it; ± is the spread of the folds."
     known = lambda v: "–" if not np.isfinite(v) else f"{v:.2f}"
-    return pd.DataFrame({a: dict(images=f"{r.images:.0f}", PLCC=with_interval(r, "plcc"), SRCC=with_interval(r, "srcc"), RMSE=with_interval(r, "rmse"), **{"linear floor": with_interval(r, "floor")},
-                                 ceiling=known(r.ceiling), share=known(r.share), **({"weight": known(r.weight)} if "weight" in r else {})) for a, r in report.iterrows()}).T.rename_axis("aspect")
+    return pd.DataFrame({a: {"images": f"{r.images:.0f}", **({"head": r["head"]} if "head" in r else {}), "PLCC": with_interval(r, "plcc"), "folds": f"±{known(r.fold_sd)}", "SRCC": with_interval(r, "srcc"), "RMSE": with_interval(r, "rmse"),
+                             "linear floor": with_interval(r, "floor"), "gain on it": with_interval(r, "gain"), "ceiling": known(r.ceiling), "share": known(r.share), **({"weight": known(r.weight)} if "weight" in r else {})}
+                         for a, r in report.iterrows()}).T.rename_axis("aspect")
 
 # %% ../nbs/40_trust.ipynb #c5463789
 def calibration(
@@ -291,6 +298,14 @@ def table(self: Trust) -> pd.DataFrame:  # texts, a row per head
                 "spread alone": f"{u.spread_covers_95[a]:.2f}", "knows": with_interval(u.loc[a], "knows")} for a in c.index}
     if s is not None: rows = {a: r | {"own | others": with_interval(s.loc[a], "own_partial"), "leak | own": f"{s.borrows_from[a]} {with_interval(s.loc[a], 'leak')}", "sees": s.sees[a]} for a, r in rows.items()}
     return pd.DataFrame(rows).T.rename_axis("aspect")
+
+@patch
+def genre_text(self: Trust) -> str:  # "" where there is only one genre
+    "Each head's correlation and bias per genre."
+    if not len(self.genres): return ""
+    cells = pd.Series({k: f"{with_interval(r, 'plcc')} {r.bias:+.2f}" for k, r in self.genres.iterrows()})
+    shown = cells.unstack()[list(self.calibration.index)]; shown.insert(0, "images", self.genres.images.groupby("genre").max().astype(int))
+    return f"per genre: PLCC, and what is said too much\n{shown.rename_axis('genre').to_string()}\n\n"
 
 @patch
 def __repr__(self: Trust): return self.table().to_string()

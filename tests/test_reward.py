@@ -1,6 +1,6 @@
 "The reward model's faults: what is said, and that a sound model stays in place. Small heads on made-up features; the pocket's backbone only where files are read."
 from contextlib import chdir
-import json
+import json, multiprocessing, os, signal, time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from mhrlhf.aspects import NAMES
-from mhrlhf.features import Features
+from mhrlhf import features as features_module
+from mhrlhf.features import FeatureCache, Features, extract_arrays
 from mhrlhf.files import InputError, read_json, write_csv
+from mhrlhf.models import load_backbone
+from mhrlhf.monitor import latest_figures
 from mhrlhf.ratings import RatingStore, simulated_panel
 from mhrlhf import reward
 from mhrlhf.reward import RewardModel, rated_images, read_choices, run, save_model, train
@@ -65,6 +68,19 @@ def test_a_rating_that_is_missing_touches_only_its_own_head(trained):
     complete = learned(features, metadata, tidy, replace(SETTINGS, hidden=0)).predicted
     same = [a for a in NAMES if a != "style"]
     assert np.allclose(fewer[same], complete[same], atol=1e-3) and not np.allclose(fewer["style"], complete["style"], atol=1e-3)
+
+def test_each_head_keeps_what_it_has_earned(trained):
+    assert list(trained.report["head"]) == trained.fit.kinds == trained.model.info["kinds"] and set(trained.fit.kinds) <= set(reward.KINDS)
+    heads, plain = trained.model.heads, trained.model.projection.plain
+    for a, kind in enumerate(trained.fit.kinds):
+        assert (kind == "hidden") == bool(heads.out[:, a].any()) and (kind == "floor") == (not heads.line[:, a, plain:].any())
+
+def test_a_floor_that_does_is_kept_and_what_it_lacks_is_earned():
+    features, metadata, tidy = world(400, noise=.5)
+    z = (features.patches - features.patches.mean(1, keepdim=True)).std(1)[:, 0]  # what only the patches know
+    tidy.loc[tidy.aspect == "style", "value"] += 20 * (z - z.mean()).numpy()[pd.factorize(tidy[tidy.aspect == "style"].image_path)[0]]
+    kinds = dict(zip(NAMES, learned(features, metadata, tidy, replace(SETTINGS, hidden=0)).fit.kinds))
+    assert kinds["style"] == "line" and [kinds[a] for a in NAMES if a != "style"].count("floor") >= 3, kinds
 
 # What is said about the heads
 
@@ -173,7 +189,50 @@ def test_a_model_that_could_not_be_written_leaves_the_old_one(folder, trained, m
     after = load(folder)
     assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
 
+def test_a_model_killed_while_it_is_written_is_the_old_or_the_new_one(folder, trained):
+    other = RewardModel(BACKBONE, trained.model.projection, trained.fit.heads, trained.model.info | dict(weights=[0., 0., 0., 0., 1.])); rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(25):
+        if not (child := os.fork()):
+            while True:
+                for model in (other, trained.model): save_model(model, folder)
+        time.sleep(rng.uniform(.02, .2)); os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+        now = load(folder); seen.add(float(now.weights[-1]))
+        assert torch.equal(now.heads.line, trained.model.heads.line) and float(now.weights[-1]) in (1., float(trained.model.weights[-1]))
+    save_model(trained.model, folder)
+    assert len(seen) == 2 and len(list(folder.glob("heads-*"))) == 1
+
+def test_a_model_opens_elsewhere(folder, trained, tmp_path):
+    features, *_ = world()
+    (tmp_path / "another machine").mkdir(); moved = folder.rename(tmp_path / "another machine/model"); (tmp_path / "here").mkdir()
+    assert str(tmp_path) not in "".join(p.read_text() for p in moved.glob("*.json"))
+    with chdir(tmp_path / "here"): pd.testing.assert_frame_equal(load("../another machine/model").table(features[:9]), trained.model.table(features[:9]))
+
 # Images
+
+def fill(folder, images, connection):
+    "In a process of its own: all images, from a random one on."
+    torch.set_num_threads(1); cache = FeatureCache(folder / "cache", load_backbone("pocket", "cpu"), batch=4, shard=8)
+    order = np.roll(np.arange(images), np.random.default_rng(os.getpid()).integers(images))
+    connection.send("ready"); connection.recv()
+    features = cache.get([f"{i}.png" for i in order], [f"prompt {i}" for i in order], folder)
+    connection.send((cache.computed, features.image[np.argsort(order)].numpy()))
+
+def test_several_processes_fill_one_cache_and_then_nothing_is_computed(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(255, size=(40, 64, 64, 3)).astype(np.uint8); paths = [f"{i}.png" for i in range(40)]
+    for path, image in zip(paths, images): Image.fromarray(image).save(tmp_path / path)
+    context, ends = multiprocessing.get_context("spawn"), []
+    for _ in range(2):
+        ours, theirs = context.Pipe(); context.Process(target=fill, args=(tmp_path, 40, theirs), daemon=True).start(); ends.append(ours)
+    for end in ends: assert end.recv() == "ready"
+    for end in ends: end.send("go")
+    results = [end.recv() for end in ends]
+    def never(*_): raise AssertionError("a forward pass")
+    backbone = load_backbone("pocket", "cpu"); direct = extract_arrays(backbone, list(images), None).image
+    for module, name in ((features_module, "_see"), (features_module, "encode_prompts")): monkeypatch.setattr(module, name, never)
+    cache = FeatureCache(tmp_path / "cache", backbone); again = cache.get(paths, [f"prompt {i}" for i in range(40)], tmp_path)
+    assert cache.computed == 0 and all(40 >= n > 0 and np.allclose(image, again.image, atol=1e-5) for n, image in results)
+    assert torch.allclose(again.image, direct, atol=1e-5)
 
 @pytest.fixture
 def project(tmp_path):
@@ -214,6 +273,20 @@ def test_images_made_again_or_changed_since_they_were_rated_are_refused(project)
     with chdir(project): run_score(ScoreSettings(files=("data/generated.csv",)))
     scores = pd.read_csv(project / "outputs/scores.csv")
     assert len(scores) == 40 and scores[[*NAMES, "composite"]].notna().all().all() and (scores[[f"{a}_uncertainty" for a in NAMES]] > 0).all().all()
+
+def test_a_second_training_makes_no_forward_pass(project, monkeypatch):
+    quick = replace(SETTINGS, epochs=1, hidden=0, opposites="tiny/huge")
+    with chdir(project): run(quick)
+    def never(*_): raise AssertionError("a forward pass")
+    monkeypatch.setattr(features_module, "_see", never); monkeypatch.setattr(features_module, "encode_prompts", never); monkeypatch.setattr(reward, "encode_prompts", never)
+    with chdir(project): run(quick)
+
+def test_a_run_is_followed_live(project, monkeypatch):
+    def half_way(rated, features, backbone, settings, ceilings, watch, *_):
+        watch(0, torch.tensor([.1] * len(NAMES))); watch(1, torch.tensor([.2] * len(NAMES)))
+        seen = latest_figures("outputs"); raise InputError(f"seen {len(seen)} of step {set(seen.step)}: {seen.value.iloc[0]}")
+    monkeypatch.setattr(reward, "train", half_way)
+    with chdir(project), pytest.raises(InputError, match="seen 5 of step .1.: 0.2"): run(SETTINGS)
 
 @pytest.mark.parametrize("arguments, says", [
     ([], "nothing to rate: name images"),
