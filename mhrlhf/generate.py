@@ -611,7 +611,7 @@ def work(
             sound = _make(sampler, batch, queue.exhausted(), writer, rank)
             queue.add("failed", len(batch) - sound); queue.add(f"done/{rank}", len(batch))
             if show and rank == 0: show(queue.figures(world, began))
-    if rank == 0: _await_others(queue, world, began, show, max(PATIENCE, 10 * sampler.slowest))
+    if show and rank == 0: _await_others(queue, world, began, show, max(PATIENCE, 10 * sampler.slowest))
     if rank == 0 and pipe.device.type == "cuda": say(f"memory: {torch.cuda.max_memory_allocated(pipe.device) / 2**30:.1f} GB at the highest moment, batch {sampler.batch}")
 
 PATIENCE = 120.  # seconds
@@ -621,7 +621,7 @@ def _await_others(queue, world, began, show, patience):
     done, heard = -1, time.time()
     while queue.add("left") < world - 1:
         time.sleep(.2); now = queue.figures(world, began)
-        if show: show(now)
+        show(now)
         if now["done"] != done: done, heard = now["done"], time.time()
         if time.time() - heard > patience:
             raise RuntimeError(f"a worker hangs or is gone: nothing for {patience:.0f} s, {now['total'] - done} images of {now['total']} are missing (done by worker: {' '.join(map(str, now['each']))}); the same command makes them")
