@@ -74,6 +74,7 @@ def statistics(
     spread = torch.linalg.vector_norm(tokens - mean, dim=1) / (tokens.shape[1] - 1) ** .5
     return torch.cat([mean[:, 0], (spread + 1e-3).log()], 1)
 
+# %% ../nbs/41_reward.ipynb #a7b8c9d0
 BANDS = 4    # of the ground, from top to bottom
 PLACES = 12  # numbers of a layout
 
@@ -260,6 +261,7 @@ def normal_equations(
     gram, right = torch.stack([(xw.T @ xe).double() for xe, xw, _ in parts]), torch.stack([(xw.T @ ye).double() for _, xw, ye in parts])
     return gram.sum(0) - gram, right.sum(0) - right
 
+# %% ../nbs/41_reward.ipynb #b8c9d0e1
 def penalised(
     gram: torch.Tensor,    # (..., p, p)
     right: torch.Tensor,   # (..., p, k)
@@ -284,7 +286,6 @@ def ridge(
         for i, penalty in enumerate(PENALTIES): lines[i, :, group] = penalised(*sides, penalty)
     for e in range(E): heldout[:, :, folds == e] = lines[:, e] @ x[folds == e].T
     return lines, heldout
-
 
 # %% ../nbs/41_reward.ipynb #93b9656e
 def heldout_error(
@@ -335,7 +336,6 @@ def unseen_spread(
                 said[e][a, f - 1], said[f][a, e] = x[folds == e] @ line, x[folds == f] @ line
     for e in range(E): spread[:, folds == e] = said[e].std(1) * (E - 2) / (E - 1)
     return spread
-
 
 # %% ../nbs/41_reward.ipynb #0119d718
 def train_hidden(
@@ -427,7 +427,6 @@ def fit_hidden(heads, x, y, weight, folds, settings, watch):
     heads.load_state_dict(keep)
     chosen = without_own(torch.stack(errors)).mean(2).argmin(0)  # (E,), for the figures
     return torch.stack(held)[chosen[folds], :, torch.arange(len(x))].T, [1 - e.mean(0) for e in errors], best[1]
-
 
 # %% ../nbs/41_reward.ipynb #f1a5b6c7
 def fit_heads(
@@ -667,11 +666,13 @@ def load(cls: RewardModel,
     folder,                 # of `save_model`
     device: str = "auto",   # see `models.choose_device`
     backbone=None,          # an already loaded one; default: the one that the model names
+    aspects=NAMES,          # that there are; the model may have heads for some of them only
 ) -> RewardModel:
-    "Load a model. Raises `InputError` if it is missing or damaged, or if the backbone is another one."
+    "Load a model. Raises `InputError` if it is missing or damaged, or made for another backbone or other aspects."
     if not (Path(folder) / "reward_model.json").exists(): raise InputError(f"{folder}: no reward model here; train one first (mhrlhf train-reward)")
     info = read_json(Path(folder) / "reward_model.json")
     if info.get("views") != list(VIEWS): raise InputError(f"{folder}: made by another version of mhrlhf, whose heads read {info.get('views', 'something else')}, not {list(VIEWS)}; train again (mhrlhf train-reward)")
+    if other := [a for a in info["aspects"] if a not in aspects]: raise InputError(f"{folder}: this reward model rates {', '.join(other)}, but the aspects here are {', '.join(aspects)}; use a model made for these or train again (mhrlhf train-reward)")
     backbone = backbone or load_backbone(info["backbone"], device)
     if backbone.identity != info["backbone_identity"]:
         raise InputError(f"{folder}: this reward model was trained on backbone {info['backbone']} ({info['backbone_identity']}), not on {backbone.name} ({backbone.identity}); use that one or train again (mhrlhf train-reward)")
@@ -875,6 +876,7 @@ def _see_all(rated, backbone, settings):
     print(f"features of {len(rated)} images: {cache.computed} computed, the others kept in {cache.folder}")
     return features, cache.text
 
+# %% ../nbs/41_reward.ipynb #c9d0e1f2
 @contextmanager
 def tracked(folder):
     "A folder for this run's logs, and accelerate's TensorBoard tracker in it: each figure is on the disk at once, so that `mhrlhf monitor` follows the run."

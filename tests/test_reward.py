@@ -158,6 +158,10 @@ def test_a_model_of_another_version_is_refused(folder):
     info = read_json(folder / "reward_model.json"); (folder / "reward_model.json").write_text(json.dumps(info | dict(views=["pooled", "layout"])))
     with pytest.raises(InputError, match="another version of mhrlhf.*train again"): load(folder)
 
+def test_a_model_for_other_aspects_is_refused(folder):
+    info = read_json(folder / "reward_model.json"); (folder / "reward_model.json").write_text(json.dumps(info | dict(aspects=[*NAMES[:4], "charm"])))
+    with pytest.raises(InputError, match="rates charm, but the aspects here are spatial.*train again"): load(folder)
+
 def test_a_remade_image_is_not_saved_by_one_new_rating(tmp_path):
     store = RatingStore(f"sqlite:///{tmp_path}/r.db")
     for rater in ("ann", "bob"): store.add([dict(rater=rater, image_path="a.png", prompt_id="p0", aspect="style", value=5)])
