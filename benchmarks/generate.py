@@ -104,7 +104,7 @@ def overhead_seconds(prompts):
     from mhrlhf.settings import GenerateSettings
     picture = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
     class Still:
-        def __init__(self, pipe, settings, say): self.settings, self.batch, self.device = settings, 8, "cpu"
+        def __init__(self, pipe, settings, say): self.settings, self.batch, self.device, self.slowest = settings, 8, "cpu", 0.
         def __call__(self, prompts, seeds, last): return picture[:len(prompts)], [True] * len(prompts)
     before = models.load_pipeline, generate.Sampler, generate.warn_of_long_prompts
     pipe = models.load_pipeline("pocket", "cpu")

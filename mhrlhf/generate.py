@@ -614,6 +614,17 @@ def work(
     if show and rank == 0: _await_others(queue, world, began, show, max(PATIENCE, 10 * sampler.slowest))
     if rank == 0 and pipe.device.type == "cuda": say(f"memory: {torch.cuda.max_memory_allocated(pipe.device) / 2**30:.1f} GB at the highest moment, batch {sampler.batch}")
 
+def _make(sampler, batch, last, writer, rank):
+    "Sample a batch and hand it to the writer; returns how many images are sound."
+    start = time.time()
+    images, sound = _sample_tasks(sampler, batch, last)
+    sampler.slowest = max(sampler.slowest, time.time() - start)
+    writer.flush()  # at most one batch waits to be written
+    seconds = (time.time() - start) / len(batch)
+    for t, image, ok in zip(batch, images, sound): writer.write(image, _task_row(t, sampler.settings, image, seconds, str(sampler.device), rank, ok))
+    return sum(sound)
+
+# %% ../nbs/10_generate.ipynb #b5a2c95d
 PATIENCE = 120.  # seconds
 
 def _await_others(queue, world, began, show, patience):
@@ -625,16 +636,6 @@ def _await_others(queue, world, began, show, patience):
         if now["done"] != done: done, heard = now["done"], time.time()
         if time.time() - heard > patience:
             raise RuntimeError(f"a worker hangs or is gone: nothing for {patience:.0f} s, {now['total'] - done} images of {now['total']} are missing (done by worker: {' '.join(map(str, now['each']))}); the same command makes them")
-
-def _make(sampler, batch, last, writer, rank):
-    "Sample a batch and hand it to the writer; returns how many images are sound."
-    start = time.time()
-    images, sound = _sample_tasks(sampler, batch, last)
-    sampler.slowest = max(sampler.slowest, time.time() - start)
-    writer.flush()  # at most one batch waits to be written
-    seconds = (time.time() - start) / len(batch)
-    for t, image, ok in zip(batch, images, sound): writer.write(image, _task_row(t, sampler.settings, image, seconds, str(sampler.device), rank, ok))
-    return sum(sound)
 
 # %% ../nbs/10_generate.ipynb #3a9025e0
 def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02}"
