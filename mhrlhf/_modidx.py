@@ -727,6 +727,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mhrlhf.trust._verdict': ('trust.html#_verdict', 'mhrlhf/trust.py'),
                               'mhrlhf.trust.aspect_matrices': ('trust.html#aspect_matrices', 'mhrlhf/trust.py'),
                               'mhrlhf.trust.calibration': ('trust.html#calibration', 'mhrlhf/trust.py'),
+                              'mhrlhf.trust.chance': ('trust.html#chance', 'mhrlhf/trust.py'),
                               'mhrlhf.trust.correlations': ('trust.html#correlations', 'mhrlhf/trust.py'),
                               'mhrlhf.trust.extremes': ('trust.html#extremes', 'mhrlhf/trust.py'),
                               'mhrlhf.trust.fit_uncertainty': ('trust.html#fit_uncertainty', 'mhrlhf/trust.py'),
