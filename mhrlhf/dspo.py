@@ -514,7 +514,7 @@ def work_in_group(settings: TrainDSPOSettings, show):
     try:
         with plain_faults(), one_thread(settings.device) if world > 1 else nullcontext():
             show = show if rank == 0 else lambda figures: None
-            prompts, reward = [p.prompt for p in read_prompts(settings.prompts)], RewardModel.load(settings.reward_model, settings.device)
+            prompts, reward = [p.prompt for p in read_prompts(settings.prompts)], RewardModel.load(settings.reward_model, settings.device, settings.backbone)
             if len(prompts) < 2: raise InputError(f"{settings.prompts}: one prompt; two or more are needed to measure gains")
             pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
             tuning = start(pipe, reward, prompts, settings, team=Team(rank, world))

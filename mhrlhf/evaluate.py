@@ -101,10 +101,9 @@ def _wrap(text, width=16):
 
 # %% ../nbs/61_evaluate.ipynb #756bde84
 def choose_judge(
-    wanted: str,   # auto, judge, heads
+    settings: EvaluateSettings,  # judged_by, and where the reward model lies
     prompts,       # of texts
     size: tuple,   # (height, width) of the images
-    reward_model,  # folder
 ) -> tuple:        # name, function of (images, prompts) -> table, composite weights or None
     "The judge where the images are the pocket's, else the heads."
     from mhrlhf.pocket.judge import load_judge
@@ -112,11 +111,13 @@ def choose_judge(
     def is_pocket():
         try: return size == (64, 64) and bool([parse_caption(p) for p in prompts])
         except ValueError: return False
+    wanted = settings.judged_by
     if wanted == "judge" and not is_pocket(): raise InputError("judged-by judge: the judge sees only 64 x 64 images of the pocket's captions; use heads")
     if wanted == "judge" or (wanted == "auto" and is_pocket()): return "judge", load_judge().score, None
-    from mhrlhf.reward import RewardModel
-    reward = RewardModel.load(reward_model)
-    return "heads", lambda images, texts: reward.score(images, texts)[list(reward.aspects)], reward.weights.tolist()
+    from mhrlhf.features import FeatureCache
+    from mhrlhf.reward import RewardModel, summary
+    reward = RewardModel.load(settings.reward_model, settings.device, settings.backbone); cache = FeatureCache(settings.cache, reward.backbone)
+    return "heads", lambda images, texts: reward.table(cache.get_arrays(images, texts, summary).to(reward.mean.device))[list(reward.aspects)], reward.weights.tolist()
 
 # %% ../nbs/61_evaluate.ipynb #c2e27c94
 def evaluate_pipeline(
@@ -150,7 +151,7 @@ def evaluate_pipeline(
 def judged(base, tuned, pairs, settings) -> Evaluation:
     "Compare images that are there: (n, h, w, 3) uint8 both."
     texts = [p.prompt for p in pairs]
-    name, score, weights = choose_judge(settings.judged_by, texts, base.shape[1:3], settings.reward_model)
+    name, score, weights = choose_judge(settings, texts, base.shape[1:3])
     before, after = add_composite(score(base, texts), score(tuned, texts), weights)
     groups = np.array([p.prompt_id for p in pairs])
     genre = pd.Series([p.genre or "all" for p in pairs])

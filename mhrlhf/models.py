@@ -153,8 +153,10 @@ def load_backbone(
     import open_clip
     folder = pocket_folder("openclip") if name == "pocket" else Path(name)
     model_name, tag = (f"local-dir:{folder}", None) if folder.is_dir() else name.split("/", 1) if "/" in name and not name.startswith("hf-hub:") else (name, None)
+    device, tags = choose_device(device), open_clip.list_pretrained_tags_by_model(model_name)
+    if tag and tags and tag not in tags and not Path(tag).exists(): raise InputError(f"backbone {name}: open_clip knows no weights {tag!r} of {model_name}, only {', '.join(tags)}")
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag, device=choose_device(device))
+        model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag, device=device)
         tokenize = open_clip.get_tokenizer(model_name)
     except Exception as e: raise _missing(name, e) from None
     model = faster_products(model.float().eval().requires_grad_(False))

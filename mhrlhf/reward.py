@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'PLACES', 'SHARPNESS', 'OPPOSITES', 'VIEWS', 'WIDTH', 'BUMPS', 'PENALTIES', 'KINDS', 'OVERALL_FEWEST',
-           'FEWEST', 'principal', 'layout', 'statistics', 'ground', 'summary', 'opposite_axes', 'readings',
+           'NUMBERS', 'FEWEST', 'principal', 'layout', 'statistics', 'ground', 'summary', 'opposite_axes', 'readings',
            'Projection', 'fit_projection', 'Heads', 'prompt_folds', 'alike', 'normal_equations', 'penalised', 'ridge',
            'heldout_error', 'without_own', 'fit_lines', 'unseen_spread', 'train_hidden', 'without_fold_means', 'earned',
            'choose', 'Fit', 'fit_hidden', 'fit_heads', 'keep_kinds', 'overall_weights', 'choice_weights',
@@ -22,7 +22,7 @@ import copy, hashlib, json, math, os, shutil, time
 
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as from_bytes, save_file
 from scipy.optimize import minimize, nnls
 from torch import nn
 import numpy as np
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from .aspects import NAMES
 from .features import FeatureCache, Features, encode_prompts, extract, extract_arrays, pooled, read_image
-from .files import InputError, atomic_path, fingerprint, read_json, read_table, raise_faults, write_json
+from .files import InputError, atomic_path, fingerprint, inside, read_json, read_table, raise_faults, write_json
 from .models import load_backbone
 from .ratings import ASIDE, mean_ratings, shown_url
 from .trust import Draws, EXTREMES, Trust, extremes, heldout_report, show_report, trust
@@ -518,7 +518,7 @@ def read_choices(
     known: set,  # images with a rating
 ) -> pd.DataFrame:
     "Pairwise choices. Raises `InputError` that names every faulty line."
-    faults, rows = [], read_table(path, ("winner", "loser"))
+    faults = []; rows = read_table(path, ("winner", "loser"), faults)
     for r in rows:
         faults += [r.fault(c, "not a rated image; choose between images that were rated, or rate it (mhrlhf annotate)") for c in ("winner", "loser") if r[c] not in known]
         if r["winner"] == r["loser"]: faults.append(r.fault("loser", "is the winner too; two different images are needed"))
@@ -528,8 +528,10 @@ def read_choices(
 # %% ../nbs/41_reward.ipynb #0a9caada
 def _by_hand(text, aspects):
     "Weights such as `spatial=2,style=1`."
-    try: given = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
-    except ValueError: raise InputError(f"weights = {text}: write auto, equal, or each aspect's weight such as {','.join(f'{a}=1' for a in aspects)}") from None
+    try:
+        pairs = [(k.strip(), float(v)) for k, v in (part.split("=") for part in text.split(","))]; given = dict(pairs)
+        if len(given) < len(pairs): raise ValueError("twice")
+    except ValueError: raise InputError(f"weights = {text}: write auto, equal, or each aspect's weight once, such as {','.join(f'{a}=1' for a in aspects)}") from None
     if set(given) - set(aspects): raise InputError(f"weights = {text}: no head for {', '.join(sorted(set(given) - set(aspects)))}; there are: {', '.join(aspects)}")
     w = np.array([given.get(a, 0.) for a in aspects])
     if not (np.isfinite(w).all() and (w >= 0).all() and w.sum() > 0): raise InputError(f"weights = {text}: none may be negative and one must be above 0")
@@ -618,7 +620,9 @@ def score(self: RewardModel,
 ) -> pd.DataFrame:    # one row per image: the aspects in rating units, each with its uncertainty, and the composite
     "A table of ratings."
     arrays = [np.asarray(i.convert("RGB") if hasattr(i, "convert") else i) for i in images]
-    if len(arrays) != len(prompts): raise InputError(f"{len(arrays)} images but {len(prompts)} prompts; each image needs one")
+    if isinstance(prompts, str) or len(arrays) != len(prompts): raise InputError(f"{len(arrays)} images but {'one text' if isinstance(prompts, str) else len(prompts)} as prompts; a list with a prompt for each image is needed")
+    if odd := [f"{i}: {a.dtype} {a.shape}" for i, a in enumerate(arrays) if a.dtype != np.uint8 or a.ndim != 3 or a.shape[2] != 3]: raise InputError(f"image {odd[0]}; PIL images or arrays (height, width, 3) uint8 are needed, tensors go to forward_pixels")
+    if not arrays: raise InputError("no images; name at least one")
     text, parts = self._encode(prompts), []
     for i in range(0, len(arrays), batch): parts.append(self.table(extract_arrays(self.backbone, arrays[i:i + batch], text[i:i + batch])))
     return pd.concat(parts, ignore_index=True)
@@ -630,18 +634,26 @@ def table(self: RewardModel, features: Features) -> pd.DataFrame:  # n rows
     mean, lines = self.members(features).mean(0), self.heads.lines(self.projection(features))
     spread = lines.std(0).T * self.rating_std if len(lines) > 1 else torch.zeros_like(mean)
     error = (self.uncertainty_base ** 2 + (self.uncertainty_factor * spread) ** 2).sqrt()
+    if not (mean.isfinite().all() and error.isfinite().all()): raise InputError("ratings that are not finite numbers: the backbone's features or the heads' weights are damaged; load sound ones or train again (mhrlhf train-reward)")
     columns = {**dict(zip(self.aspects, mean.T.cpu().numpy())), **{f"{a}_uncertainty": s for a, s in zip(self.aspects, error.T.cpu().numpy())}}
     return pd.DataFrame({**columns, "composite": self.composite(mean).cpu().numpy()})
 
 # %% ../nbs/41_reward.ipynb #4627a8e4
+NUMBERS = ("rating_mean", "rating_std", "mean", "std", "weights")  # of a model, one for each aspect
+
 def _checksum(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def save_model(
     model: RewardModel,
     folder,  # where the model will be
 ) -> list:   # the files written
-    "Write a model; the previous one stays whole until the new one is."
-    folder, tensors = Path(folder), {"projection": dict(model.projection.named_buffers())}
+    "Write a model; the previous one stays whole until the new one is, and who writes at the same time waits."
+    from filelock import FileLock
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"): return _save(model, folder)
+
+def _save(model, folder):
+    tensors = {"projection": dict(model.projection.named_buffers())}
     for i, a in enumerate(model.aspects): tensors[a] = {k: p[:, i].detach() for k, p in model.heads.named_parameters()}
     version = f"heads-{fingerprint(time.time_ns(), os.getpid())[:8]}"; files = {}
     for name, values in tensors.items():
@@ -654,32 +666,56 @@ def save_model(
 
 # %% ../nbs/41_reward.ipynb #f68f20ac
 def _read(folder, name, entry):
-    path = Path(folder) / entry["file"]
-    try: tensors = load_file(path)
+    path = inside(folder, entry["file"])
+    try: content = path.read_bytes(); tensors = from_bytes(content)
     except FileNotFoundError: raise InputError(f"{path}: no such file, but reward_model.json names it; train again (mhrlhf train-reward)") from None
     except (SafetensorError, OSError) as e: raise InputError(f"{path}: damaged ({e}); restore it or train again (mhrlhf train-reward)") from None
-    if _checksum(path) != entry["sha256"]: raise InputError(f"{path}: not the file that reward_model.json describes (checksum differs); restore it or train again (mhrlhf train-reward)")
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]: raise InputError(f"{path}: not the file that reward_model.json describes (checksum differs); restore it or train again (mhrlhf train-reward)")
     return tensors
 
+# %% ../nbs/41_reward.ipynb #98e99d1e
 @patch(cls_method=True)
 def load(cls: RewardModel,
     folder,                 # of `save_model`
     device: str = "auto",   # see `models.choose_device`
-    backbone=None,          # an already loaded one; default: the one that the model names
+    backbone=None,          # an already loaded one, or the folder in which it lies here; default: the one that the model names
     aspects=NAMES,          # that there are; the model may have heads for some of them only
 ) -> RewardModel:
     "Load a model. Raises `InputError` if it is missing or damaged, or made for another backbone or other aspects."
-    if not (Path(folder) / "reward_model.json").exists(): raise InputError(f"{folder}: no reward model here; train one first (mhrlhf train-reward)")
-    info = read_json(Path(folder) / "reward_model.json")
-    if info.get("views") != list(VIEWS): raise InputError(f"{folder}: made by another version of mhrlhf, whose heads read {info.get('views', 'something else')}, not {list(VIEWS)}; train again (mhrlhf train-reward)")
-    if other := [a for a in info["aspects"] if a not in aspects]: raise InputError(f"{folder}: this reward model rates {', '.join(other)}, but the aspects here are {', '.join(aspects)}; use a model made for these or train again (mhrlhf train-reward)")
-    backbone = backbone or load_backbone(info["backbone"], device)
+    info = _description(folder, aspects)
+    backbone = backbone if backbone and not isinstance(backbone, str) else load_backbone(backbone or info["backbone"], device)
     if backbone.identity != info["backbone_identity"]:
         raise InputError(f"{folder}: this reward model was trained on backbone {info['backbone']} ({info['backbone_identity']}), not on {backbone.name} ({backbone.identity}); use that one or train again (mhrlhf train-reward)")
-    files = info["files"]; parts = [_read(folder, a, files[a]) for a in info["aspects"]]
-    heads = Heads(*parts[0]["line"].shape[:1], info["aspects"], parts[0]["line"].shape[1], info["hidden"])
-    heads.load_state_dict({k: torch.stack([p[k] for p in parts], 1) for k in parts[0]})
-    return cls(backbone, Projection(_read(folder, "projection", files["projection"])), heads, info)
+    info, parts, projection = _tensors(folder, info, aspects)
+    try:
+        heads = Heads(*parts[0]["line"].shape[:1], info["aspects"], parts[0]["line"].shape[1], info["hidden"])
+        heads.load_state_dict({k: torch.stack([p[k] for p in parts], 1) for k in parts[0]})
+    except (KeyError, RuntimeError, IndexError) as e: raise InputError(f"{folder}: its heads do not fit together ({type(e).__name__}); restore the folder or train again (mhrlhf train-reward)") from None
+    return cls(backbone, Projection(projection), heads, info)
+
+def _tensors(folder, info, aspects):
+    "The description, the heads' tensors and the projection's; read again if another training has replaced them since their names were read."
+    try: return info, [_read(folder, a, info["files"][a]) for a in info["aspects"]], _read(folder, "projection", info["files"]["projection"])
+    except InputError:
+        if (now := _description(folder, aspects))["files"] == info["files"]: raise
+    return _tensors(folder, now, aspects)
+
+def _description(folder, aspects):
+    "What `reward_model.json` says of a model for these aspects, checked."
+    path = Path(folder) / "reward_model.json"
+    if not path.exists(): raise InputError(f"{folder}: no reward model here; train one first (mhrlhf train-reward)")
+    info = read_json(path); damaged = lambda what: InputError(f"{path}: damaged, {what}; restore it or train again (mhrlhf train-reward)")
+    if not isinstance(info, dict): raise damaged("no description of a model")
+    if info.get("views") != list(VIEWS): raise InputError(f"{folder}: made by another version of mhrlhf, whose heads read {info.get('views', 'something else')}, not {list(VIEWS)}; train again (mhrlhf train-reward)")
+    if missing := [k for k in ("aspects", "backbone", "backbone_identity", "hidden", "files", *NUMBERS) if k not in info]: raise damaged(f"{', '.join(missing)} not in it")
+    if other := [a for a in info["aspects"] if a not in aspects]: raise InputError(f"{folder}: this reward model rates {', '.join(other)}, but the aspects here are {', '.join(aspects)}; use a model made for these or train again (mhrlhf train-reward)")
+    if missing := [n for n in ("projection", *info["aspects"]) if not {"file", "sha256"} <= set(info["files"].get(n, ()))]: raise damaged(f"no file of {', '.join(missing)} in it")
+    for k in (k for k in (*NUMBERS, "uncertainty_base", "uncertainty_factor") if k in info):
+        try: sound = np.isfinite(v := np.asarray(info[k], float)).all() and v.shape == (len(info["aspects"]),) and (v >= 0).all() | (k in ("rating_mean", "mean"))
+        except (TypeError, ValueError): sound = False
+        if not sound: raise damaged(f"{k} = {info[k]} are not {len(info['aspects'])} fitting numbers")
+    if not 0 <= info.get("soft_minimum", 0) < math.inf: raise damaged(f"soft_minimum = {info['soft_minimum']} must be 0 or above")
+    return info
 
 # %% ../nbs/41_reward.ipynb #d39703ea
 FEWEST = 40  # rated images, and at least two prompts per fold; with fewer no head is trained
@@ -717,7 +753,7 @@ def _why_not(ratings, prompt_ids, folds):
     left_out = {}
     for a in ratings:
         rated = ratings[a].dropna(); prompts = len({p for p, ok in zip(prompt_ids, ratings[a].notna()) if ok})
-        if len(rated) < FEWEST or prompts < 2 * folds: left_out[a] = f"{len(rated)} rated images of {prompts} prompts; {FEWEST} of {2 * folds} are needed: rate more (mhrlhf annotate)"
+        if len(rated) < FEWEST or prompts < 2 * folds: left_out[a] = f"{len(rated)} rated images of {prompts} prompts; {FEWEST} images of {2 * folds} prompts are needed: rate more (mhrlhf annotate)"
         elif np.ptp(rated) < 1e-9: left_out[a] = f"all {len(rated)} images are rated {rated.iloc[0]:g}; ratings that never differ teach nothing: rate images of different quality"
     return left_out
 
@@ -733,6 +769,7 @@ def rated_images(
         raise InputError(f"{len(unknown)} rated images are not in the metadata ({', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}); name the metadata of the images that were rated")
     overall = tidy[tidy.aspect == "overall"].groupby("image_path").value.mean(); tidy = tidy[tidy.aspect.isin(aspects)]
     ratings = mean_ratings(tidy).reindex(columns=list(aspects)); rows = known.loc[ratings.index]
+    rows = rows.assign(prompt_id=rows.groupby("prompt").prompt_id.transform("first"))  # one text under two names must not stand on both sides of a split
     left_out = _why_not(ratings, rows.prompt_id, folds)
     if len(left_out) == len(aspects): raise InputError("no aspect has enough ratings:\n" + "\n".join(f"{a}: {why}" for a, why in left_out.items()))
     ratings = ratings.drop(columns=list(left_out))
@@ -845,11 +882,12 @@ def changed_images(
     rated_at: pd.Series,   # image -> time of its oldest rating that counts
     made_at: pd.Series,    # image -> time at which it was made, from the metadata
     contents: pd.Series,   # image -> content key of the file
+    other_size: list,      # images whose file has not the size that the metadata say
     heldout,               # heldout.csv of the last training; may be missing
 ) -> list:                 # a message per image
     "Images that are not the ones that were rated."
     time_of = lambda v: pd.to_datetime(v, errors="coerce", utc=True, format="ISO8601")
-    rated, made = time_of(rated_at), time_of(made_at).reindex(rated_at.index); faults = dict.fromkeys(made.index[made > rated], "was made again after it was rated")
+    rated, made = time_of(rated_at), time_of(made_at).reindex(rated_at.index); faults = dict.fromkeys(made.index[made > rated], "was made again after it was rated") | dict.fromkeys(other_size, "has another size than when it was made")
     if Path(heldout).exists() and "content" in (last := pd.read_csv(heldout, index_col="image_path")):
         before, trained = last.content.reindex(rated.index), pd.Timestamp(os.stat(heldout).st_mtime, unit="s", tz="UTC")
         faults |= dict.fromkeys(rated.index[before.notna() & (before != contents.reindex(rated.index)) & (rated < trained)], "has another content (hash) than when it was rated")
@@ -889,17 +927,21 @@ def run(
     settings,  # see `settings.TrainRewardSettings`
 ):
     "Step 4: train the heads, report, write. Raises `InputError`."
-    from mhrlhf.generate import read_metadata
+    from mhrlhf.generate import plain_faults, read_metadata
     from mhrlhf.ratings import RatingStore, is_simulated
-    store = RatingStore(settings.database); tidy, metadata = store.ratings(overall=True), read_metadata(settings.metadata)
+    with plain_faults(): Path(settings.output).mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is told before the work
+    _pairs(settings.opposites); store = RatingStore(settings.database); tidy, metadata = store.ratings(overall=True), read_metadata(settings.metadata)
     if not len(tidy): raise InputError(f"{shown_url(settings.database)}: no ratings yet; rate images first (mhrlhf annotate)")
     rated = rated_images(tidy, metadata, folds=settings.folds)
     choices = read_choices(settings.choices, set(rated.paths)) if settings.choices else None
+    if settings.weights not in ("auto", "equal"): _by_hand(settings.weights, list(rated.ratings))  # a slip is told before the work
     print(f"{len(rated)} images of {len(set(rated.prompt_ids))} prompts, {len(tidy):,} ratings of {tidy.rater.nunique()} {'SIMULATED ' if is_simulated(tidy) else ''}raters")
     for a, why in rated.left_out.items(): print(f"no head for {a}: {why}")
     backbone = load_backbone(settings.backbone, settings.device)
     features, encode = _see_all(rated, backbone, settings)
-    raise_faults(changed_images(_oldest_counting(store)[rated.paths], metadata.set_index("image_path").created_at, pd.Series(rated.contents, rated.paths), Path(settings.output) / "heldout.csv"))
+    made = metadata.drop_duplicates("image_path").set_index("image_path").reindex(rated.paths)
+    other_size = [p for p, size in made.bytes.items() if size > 0 and os.stat(p).st_size != size]
+    raise_faults(changed_images(_oldest_counting(store)[rated.paths], made.created_at, pd.Series(rated.contents, rated.paths), other_size, Path(settings.output) / "heldout.csv"))
     with tracked(Path(settings.output) / "logs") as (logs, tracker):
         def watch(epoch, scores):
             tracker.log({f"held-out explained share/{a}": float(s) for a, s in zip(rated.ratings, scores)}, step=epoch)

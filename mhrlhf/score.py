@@ -13,9 +13,10 @@ import json
 from PIL import Image
 import pandas as pd
 
-from .features import read_image
+from .features import FeatureCache
 from .files import InputError, atomic_path, inside, raise_faults, read_table
-from .reward import RewardModel
+from .generate import plain_faults
+from .reward import RewardModel, summary
 
 # %% ../nbs/43_score.ipynb #e2f02837
 @dataclass(frozen=True)
@@ -67,20 +68,16 @@ def find_items(
 def score_items(
     model: RewardModel,
     items: list,       # of `Item`
-    batch: int = 64,   # images per forward
-    progress=None,     # called with (done, all)
+    cache: FeatureCache,  # of the model's backbone
 ) -> pd.DataFrame:     # image_path, prompt, the aspects in rating units, each with its uncertainty, and the composite
     "Rate images. Raises `InputError` that names all images that cannot be read."
-    tables, faults = [], []
-    for start in range(0, len(items), batch):
-        part, arrays = items[start:start + batch], []
-        for item in part:
-            try: arrays.append(read_image(item.file))
-            except InputError as e: faults.append(str(e).replace("; delete it and make it again (mhrlhf generate)", "; leave it out or replace it"))
-        if not faults: tables.append(model.score(arrays, [i.prompt for i in part], batch))
-        if progress: progress(min(start + batch, len(items)), len(items))
-    raise_faults(faults)
-    return pd.concat([pd.DataFrame(dict(image_path=[i.image_path for i in items], prompt=[i.prompt for i in items])), pd.concat(tables, ignore_index=True)], axis=1)
+    files = [str(i.file.absolute()) for i in items]
+    try: features = cache.get(files, [i.prompt for i in items], "/", summary)
+    except InputError as e:
+        text = str(e).replace("; delete it and make it again (mhrlhf generate)", "; leave it out or replace it")
+        for file, item in zip(files, items): text = text.replace(file, item.image_path)
+        raise InputError(text) from None
+    return pd.concat([pd.DataFrame(dict(image_path=[i.image_path for i in items], prompt=[i.prompt for i in items])), model.table(features.to(model.mean.device))], axis=1)
 
 def show_scores(
     scores: pd.DataFrame,  # of `score_items`
@@ -99,10 +96,12 @@ def run(
 ):
     "Rate images, print the table, write the CSV. Raises `InputError`."
     items = find_items(settings.files, settings.prompt)
-    model = RewardModel.load(settings.reward_model, settings.device)
+    with plain_faults(): Path(settings.output).parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is told before the work
+    if Path(settings.output).is_dir(): raise InputError(f"{settings.output}: is a folder; name the CSV file to write")
+    model = RewardModel.load(settings.reward_model, settings.device, settings.backbone)
     def progress(done, todo):
         if todo > settings.batch: print(f"\r{done}/{todo} images ", end="" if done < todo else "\n", flush=True)
-    scores = score_items(model, items, settings.batch, progress)
+    scores = score_items(model, items, FeatureCache(settings.cache, model.backbone, settings.batch, progress=progress))
     with atomic_path(settings.output) as p: scores.round(4).to_csv(p, index=False)
     shown = show_scores(scores, model.aspects)
     print(f"{len(scores)} images, by {model}\nrating 0-10 ± standard error against a panel's mean rating; composite in standard deviations of the rated images ({model.info['weights_from']})\n")

@@ -126,6 +126,8 @@ class ScoreSettings(Settings):
     files: tuple[str, ...] = ()   # images, and CSV files with image_path and prompt; they may stand without --files
     prompt: str = ""              # the text that the images named on the command line are rated for; default: the one kept in the image
     reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
+    backbone: str = ""            # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
+    cache: Path = Path("outputs/features")  # features, kept by content
     output: Path = Path("outputs/scores.csv")  # CSV written
     device: str = "auto"          # auto: cuda where there is one, else cpu
     batch: int = 64               # images per forward pass
@@ -136,6 +138,7 @@ class TrainDSPOSettings(SamplingSettings):
     prompts: Path = Path("data/prompts.csv")                    # prompts to sample candidates for
     reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
     output: Path = Path("outputs/dspo_model")                   # folder written
+    backbone: str = ""                                          # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
     objective: Literal["dspo-score", "dspo", "dspo-sdxl", "dpo", "sft"] = "dspo-score"  # what is optimised, see notebook 50
     balance: Literal["dynamic", "fixed", "sum"] = "dynamic"  # dynamic: weight on aspects that lag; fixed: combination weights; sum: plain weighted sum, heads not normalised
     adapter: Literal["dora", "lora"] = "dora"  # kind of adapter on the UNet
@@ -168,6 +171,8 @@ class EvaluateSettings(SamplingSettings):
     model: Path = Path("outputs/dspo_model")                     # adapter to evaluate
     prompts: Path = Path("data/prompts_heldout.csv")             # prompts nobody trained on
     reward_model: Path = Path("outputs/multihead_reward_model")  # scores where no judge can see
+    backbone: str = ""                                           # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
+    cache: Path = Path("outputs/features")                       # features, kept by content
     judged_by: Literal["auto", "judge", "heads"] = "auto"        # auto: the judge for pocket images, else the reward heads
     output: Path = Path("outputs/evaluation")                    # folder written
     seeds: int = 1                                               # images per prompt

@@ -88,6 +88,7 @@ def chance(
     turned = np.fft.irfft(a.conj() * b, len(order))[1:] / size if size > 1e-9 and len(order) > 2 else np.zeros(1)  # the ratings moved on by 1, 2, ... images
     return float(1.96 * 2 ** .5 * np.sqrt((turned ** 2).mean()))
 
+# %% ../nbs/40_trust.ipynb #727077ee
 def heldout_report(
     predicted: pd.DataFrame,  # image x aspect, held out
     floor: pd.DataFrame,      # image x aspect, of the linear floor, held out

@@ -171,6 +171,50 @@ def test_a_model_for_other_aspects_is_refused(folder):
     info = read_json(folder / "reward_model.json"); (folder / "reward_model.json").write_text(json.dumps(info | dict(aspects=[*NAMES[:4], "charm"])))
     with pytest.raises(InputError, match="rates charm, but the aspects here are spatial.*train again"): load(folder)
 
+@pytest.mark.parametrize("change, says", [
+    (lambda i: [], "damaged, no description"), (lambda i: {k: v for k, v in i.items() if k != "weights"}, "damaged, weights not in it"),
+    (lambda i: i | dict(mean=["five"] * 5), "damaged, mean = "), (lambda i: i | dict(weights=[1.]), "damaged, weights = "), (lambda i: i | dict(std=[float("nan")] * 5), "damaged, std = "),
+    (lambda i: i | dict(soft_minimum=-1), "soft_minimum = -1 must be 0 or above"), (lambda i: i | dict(hidden=3), "do not fit together"),
+    (lambda i: i | dict(files={k: v for k, v in i["files"].items() if k != "style"}), "no file of style"),
+    (lambda i: i | dict(files=i["files"] | dict(style=i["files"]["style"] | dict(file="../../style.safetensors"))), "path leaves")],
+    ids=["no dict", "no weights", "text", "one weight", "nan", "soft minimum", "width", "no file", "outside"])
+def test_a_damaged_description_is_refused(folder, change, says):
+    info = read_json(folder / "reward_model.json"); (folder / "reward_model.json").write_text(json.dumps(change(info)))
+    with pytest.raises(InputError, match=says): load(folder)
+
+def test_ratings_that_are_no_numbers_are_refused(trained):
+    features, *_ = world(); features.image[3] = float("nan")
+    with pytest.raises(InputError, match="not finite numbers"): trained.model.table(features)
+    with pytest.raises(InputError, match="p.png: its features are not finite numbers"): features_module._finite(dict(image=features.image[3:4]), ["p.png"])
+
+@pytest.mark.parametrize("images, prompts, says", [
+    ([np.zeros((8, 8, 3), np.uint8)] * 3, "fox", "3 images but one text"), ([np.zeros((8, 8, 3), np.uint8)], ["a", "b"], "1 images but 2"), ([], [], "no images"),
+    ([np.zeros((8, 8), np.uint8)], ["a"], "uint8 .8, 8.; PIL"), ([np.zeros((8, 8, 4), np.uint8)], ["a"], "8, 4"), ([np.zeros((8, 8, 3))], ["a"], "float64")])
+def test_what_is_no_image_or_no_list_of_prompts_is_refused(trained, images, prompts, says):
+    with pytest.raises(InputError, match=says): trained.model.score(images, prompts)
+
+@pytest.mark.parametrize("how, says", [("style=1,style=3", "each aspect's weight once"), ("charm=1", "no head for charm"), ("style=-1", "none may be negative"), ("style", "write auto, equal")])
+def test_weights_that_cannot_be_are_refused(trained, how, says):
+    predicted, rated = trained.predicted, trained.rated
+    with pytest.raises(InputError, match=says): reward.combination_weights(how, trained.report, predicted, rated.overall, rated.prompt_ids)
+    table, source = reward.combination_weights("style=3,spatial=1", trained.report, predicted, rated.overall, rated.prompt_ids)
+    assert source == "set by hand" and table.weight["style"] == .75 and reward.combination_weights("equal", trained.report, predicted, rated.overall, rated.prompt_ids)[0].weight.eq(.2).all()
+
+def test_one_text_under_two_names_stays_on_one_side_of_the_split():
+    features, metadata, tidy = world(); metadata.loc[metadata.prompt_id == "p001", "prompt"] = "prompt 0"
+    rated = rated_images(tidy, metadata); folds = reward.prompt_folds(rated.prompt_ids, 5)
+    assert pd.Series(folds).groupby(rated.prompts).nunique().max() == 1 and len(set(rated.prompt_ids)) == 79
+
+def test_two_trainings_into_one_folder_leave_a_whole_model(folder, trained):
+    children = []
+    for _ in range(2):
+        if not (child := os.fork()):
+            for _ in range(12): save_model(trained.model, folder)
+            os._exit(0)
+        children.append(child)
+    for _ in range(40): assert torch.equal(load(folder).heads.line, trained.model.heads.line)  # read meanwhile
+    assert [os.waitpid(c, 0)[1] for c in children] == [0, 0] and torch.equal(load(folder).heads.line, trained.model.heads.line)
+
 def test_a_remade_image_is_not_saved_by_one_new_rating(tmp_path):
     store = RatingStore(f"sqlite:///{tmp_path}/r.db")
     for rater in ("ann", "bob"): store.add([dict(rater=rater, image_path="a.png", prompt_id="p0", aspect="style", value=5)])
@@ -292,7 +336,17 @@ def test_a_second_training_makes_no_forward_pass(project, monkeypatch):
     with chdir(project): run(quick)
     def never(*_): raise AssertionError("a forward pass")
     monkeypatch.setattr(features_module, "_see", never); monkeypatch.setattr(features_module, "encode_prompts", never); monkeypatch.setattr(reward, "encode_prompts", never)
-    with chdir(project): run(quick)
+    with chdir(project): run(quick); run_score(ScoreSettings(files=("data/generated.csv",)))  # what was seen in training is rated without a look
+
+def test_a_rated_image_put_in_another_ones_place_is_refused_at_the_first_training(project):
+    rows = pd.read_csv(project / "data/generated.csv"); rows["bytes"] = [(project / p).stat().st_size for p in rows.image_path]; rows.to_csv(project / "data/generated.csv", index=False)
+    path = rows.image_path[3]; Image.new("RGB", (64, 64)).save(project / path)
+    with chdir(project), pytest.raises(InputError, match=f"{path}: has another size than when it was made; rate it again"): run(SETTINGS)
+
+@pytest.mark.parametrize("setting, says", [(dict(weights="charm=1"), "no head for charm"), (dict(opposites="sharp"), "opposites"), (dict(output="data/generated.csv"), "generated.csv")])
+def test_a_slip_is_told_before_any_image_is_seen(project, monkeypatch, setting, says):
+    monkeypatch.setattr(reward, "load_backbone", lambda *_: pytest.fail("the work began"))
+    with chdir(project), pytest.raises(InputError, match=says): run(replace(SETTINGS, **setting))
 
 def test_a_run_is_followed_live(project, monkeypatch):
     def half_way(rated, features, backbone, settings, ceilings, watch, *_):

@@ -6,12 +6,13 @@
 __all__ = ['RECIPES', 'CLIP_MEAN', 'CLIP_STD', 'Recipe', 'fit', 'watch', 'build_tokenizer', 'build_vae', 'image_loss',
            'vae_scenes', 'train_vae', 'build_tiny_vae', 'decoded_latents', 'train_tiny_vae', 'build_text_encoders',
            'build_unet', 'build_pipeline', 'save_pipeline', 'cache_latents', 'encode_text', 'train_unet',
-           'decoded_scenes', 'train_judge', 'clip_config', 'save_clip', 'position_waves', 'build_clip', 'WordReader',
-           'clip_captions', 'clip_batch', 'contrast', 'train_clip', 'save_judge', 'build', 'reconstruction_error',
-           'obedience', 'main', 'check']
+           'decoded_scenes', 'train_judge', 'clip_config', 'save_clip', 'position_waves', 'build_clip', 'FactorReader',
+           'WordReader', 'clip_captions', 'clip_batch', 'contrast', 'train_clip', 'save_judge', 'build',
+           'reconstruction_error', 'obedience', 'main', 'check']
 
 # %% ../../nbs/pocket/72_train.ipynb #c009903b
 from dataclasses import dataclass, asdict, replace
+from functools import partial
 from pathlib import Path
 import copy, gzip, json, math, shutil, time
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from ..files import InputError, read_json, write_json
 from ..models import fast_math
-from .scenes import FACTOR_WORDS, OBJECTS, SCENES, STYLES, caption, draw_factors, factor_words, parse_caption, render, scene_batch
+from .scenes import CONTINUOUS, FACTOR_WORDS, OBJECTS, SCENES, STYLES, caption, draw_factors, factor_words, parse_caption, render, scene_batch
 from .judge import SOFT, JudgeNet, judge_loss, to_tensor
 
 # %% ../../nbs/pocket/72_train.ipynb #12f188f2
@@ -31,7 +32,7 @@ class Recipe:
     seed: int = 0
     judge_steps: int = 6300      # of 64 scenes
     judge_width: int = 32        # channels of the judge's first layer
-    clip_steps: int = 9500       # of 96 scenes with captions
+    clip_steps: tuple = (9500, 7000)  # of 96 scenes with captions: with their words, then with their factors
     bank: int = 6400             # scenes that went through autoencoder and UNet, for judge and backbone
     vae_steps: tuple = (3200, 5500, 5600)  # of 16 fresh scenes; each round with its own schedule
     vae_channels: tuple = (32, 64, 96)
@@ -43,7 +44,7 @@ class Recipe:
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
 
 RECIPES = {"cpu": Recipe(),
-           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=8, bank=128, vae_steps=(12,), vae_channels=(8, 16, 16), scenes=128, unet_steps=(12,), unet_channels=(32, 64), tiny_steps=12)}
+           "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=(8, 8), bank=128, vae_steps=(12,), vae_channels=(8, 16, 16), scenes=128, unet_steps=(12,), unet_channels=(32, 64), tiny_steps=12)}
 
 # %% ../../nbs/pocket/72_train.ipynb #b87b2881
 def fit(
@@ -311,6 +312,14 @@ def build_clip(tokens: int = 8192):
     with torch.no_grad(): model.visual.positional_embedding[1:] += .6 * position_waves(c["vision_cfg"]["width"], 8)
     return model
 
+class FactorReader(torch.nn.Module):
+    "A scene's factors, from the image embedding."
+    def __init__(self, width=128):
+        super().__init__()
+        self.sizes = (len(OBJECTS), len(STYLES), len(SCENES), len(CONTINUOUS)); self.line = torch.nn.Linear(width, sum(self.sizes))
+
+    def loss(self, embedding, truth, doubtful): return judge_loss(self.line(10 * embedding).split(self.sizes, 1), truth, doubtful)
+
 class WordReader(torch.nn.Module):
     "Which words a scene's full caption holds, from the image embedding."
     def __init__(self, width=128):
@@ -359,14 +368,15 @@ def train_clip(r: Recipe, pipe, log):
     torch.manual_seed(r.seed); rng = np.random.default_rng([r.seed, 5])
     bank = decoded_scenes(pipe, r.bank, rng); by_caption = {}
     for i, f in enumerate(bank[1]): by_caption.setdefault(f.caption, []).append(i)
-    model, reader, tokenizer = build_clip(r.vocabulary), WordReader(), build_tokenizer(r.vocabulary, 40)
+    model, tokenizer = build_clip(r.vocabulary), build_tokenizer(r.vocabulary, 40)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    def loss_of(step):
+    def loss_of(reader, step):
         images, truth, doubtful, texts = clip_batch(step, bank, by_caption, rng)
         ids = tokenizer(texts, padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
         with fast_math(): image, text, scale = model((to_tensor(images) / 2 + .5 - mean) / std, ids)
         return reader.loss(image.float(), truth, doubtful) + contrast(image.float(), text.float(), scale.float(), texts)
-    watch("clip", fit(torch.nn.ModuleList([model, reader]), loss_of, r.clip_steps, 1e-3, weight_decay=.1), log)
+    for reader, steps, lr in zip((WordReader(), FactorReader()), r.clip_steps, (1e-3, 6e-4)):
+        watch(f"clip, {type(reader).__name__}", fit(torch.nn.ModuleList([model, reader]), partial(loss_of, reader), steps, lr, weight_decay=.1), log)
     return model.eval(), tokenizer
 
 # %% ../../nbs/pocket/72_train.ipynb #c895c2eb
