@@ -128,8 +128,8 @@ def clear(
 def run(settings: TestPipelineSettings) -> int:
     "The stage `test-pipeline`."
     print("the whole method on the embedded pocket, with a SIMULATED panel of raters")
-    if not settings.output.resolve().is_relative_to(Path.cwd()): raise InputError(f"output = {settings.output}: lies outside of the project, whose ratings know images by their paths in it; choose a folder in {Path.cwd()}")
     if settings.fresh: clear(settings.output)
+    if not settings.output.resolve().is_relative_to(Path.cwd()): raise InputError(f"output = {settings.output}: lies outside of the project, whose ratings know images by their paths in it; choose a folder in {Path.cwd()}")
     seconds = run_stages(stage_settings(settings), settings.output)
     summary = summarise(settings.output, seconds)
     write_json(settings.output / "summary.json", summary)

@@ -68,5 +68,5 @@ def test_fresh_deletes_only_what_a_run_made(study, tmp_path, capsys):
     assert (tmp_path / "thesis/chapter.tex").read_text() == "years of work" and (tmp_path / "data/prompts.csv").exists() and study() == []
 
 def test_a_run_outside_of_the_project_is_refused_before_the_work(study, tmp_path, capsys):
-    assert main(["test-pipeline", "--output", "../elsewhere"]) == 2
+    assert main(["test-pipeline", "--profile", "pocket", "--settings", str(ROOT / "settings.ini"), "--output", "../elsewhere"]) == 2
     assert "lies outside of the project" in capsys.readouterr().err and not (tmp_path.parent / "elsewhere").exists()
