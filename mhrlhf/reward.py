@@ -667,7 +667,7 @@ def _save(model, folder):
 # %% ../nbs/41_reward.ipynb #f68f20ac
 def _read(folder, name, entry):
     path = inside(folder, entry["file"])
-    try: content = path.read_bytes(); tensors = from_bytes(content)
+    try: content = path.read_bytes(); tensors = dict(sorted(from_bytes(content).items()))
     except FileNotFoundError: raise InputError(f"{path}: no such file, but reward_model.json names it; train again (mhrlhf train-reward)") from None
     except (SafetensorError, OSError) as e: raise InputError(f"{path}: damaged ({e}); restore it or train again (mhrlhf train-reward)") from None
     if hashlib.sha256(content).hexdigest() != entry["sha256"]: raise InputError(f"{path}: not the file that reward_model.json describes (checksum differs); restore it or train again (mhrlhf train-reward)")
