@@ -29,7 +29,7 @@ def stage_settings(
         "annotate": load("annotate", metadata=root / "generated.csv", annotations=root / "multihead_ratings.csv", database=database, simulate=s.raters),
         "train-reward": load("train-reward", database=database, metadata=root / "generated.csv", output=root / "multihead_reward_model", cache=root / "features"),
         "train-dspo": load("train-dspo", reward_model=root / "multihead_reward_model", output=root / "dspo_model", minutes=s.minutes, processes=s.processes),
-        "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", output=root / "evaluation", limit=s.heldout, processes=s.processes),
+        "evaluate": load("evaluate", model=root / "dspo_model", reward_model=root / "multihead_reward_model", cache=root / "features", output=root / "evaluation", limit=s.heldout, processes=s.processes),
     }
 
 # %% ../nbs/80_workflow.ipynb #3d57450c

@@ -12,6 +12,7 @@ import torch
 
 from mhrlhf.aspects import NAMES
 from mhrlhf import features as features_module
+from mhrlhf.evaluate import choose_judge
 from mhrlhf.features import FeatureCache, Features, extract_arrays
 from mhrlhf.files import InputError, read_json, write_csv
 from mhrlhf.models import load_backbone
@@ -20,7 +21,7 @@ from mhrlhf.ratings import RatingStore, simulated_panel
 from mhrlhf import reward
 from mhrlhf.reward import RewardModel, rated_images, read_choices, run, save_model, train
 from mhrlhf.score import run as run_score
-from mhrlhf.settings import ScoreSettings, TrainRewardSettings
+from mhrlhf.settings import EvaluateSettings, ScoreSettings, TrainRewardSettings
 
 SETTINGS = TrainRewardSettings(hidden=8, epochs=6, patience=3, opposites="")  # made-up features know no phrases
 BACKBONE = SimpleNamespace(name="made-up", identity="made-up-1", device=torch.device("cpu"))
@@ -337,6 +338,18 @@ def test_a_second_training_makes_no_forward_pass(project, monkeypatch):
     def never(*_): raise AssertionError("a forward pass")
     monkeypatch.setattr(features_module, "_see", never); monkeypatch.setattr(features_module, "encode_prompts", never); monkeypatch.setattr(reward, "encode_prompts", never)
     with chdir(project): run(quick); run_score(ScoreSettings(files=("data/generated.csv",)))  # what was seen in training is rated without a look
+
+def test_an_evaluation_by_the_heads_rates_as_the_model_does_and_looks_once(project, monkeypatch):
+    rows = pd.read_csv(project / "data/generated.csv"); texts = list(rows.prompt); images = np.stack([np.asarray(Image.open(project / p)) for p in rows.image_path])
+    settings = EvaluateSettings(judged_by="heads", device="cpu")
+    with chdir(project):
+        run(replace(SETTINGS, epochs=1, hidden=0, opposites="tiny/huge"))
+        name, score, weights = choose_judge(settings, texts, (64, 64)); first, model = score(images, texts), RewardModel.load(settings.reward_model, "cpu")
+        np.testing.assert_allclose(first, model.score(images, texts)[list(NAMES)], atol=.05)  # the cache keeps half precision
+        def never(*_): raise AssertionError("a forward pass")
+        monkeypatch.setattr(features_module, "_see", never); monkeypatch.setattr(features_module, "encode_prompts", never)
+        pd.testing.assert_frame_equal(choose_judge(settings, texts, (64, 64))[1](images, texts), first)
+    assert name == "heads" and list(first) == list(NAMES) and np.isclose(sum(weights), 1)
 
 def test_a_rated_image_put_in_another_ones_place_is_refused_at_the_first_training(project):
     rows = pd.read_csv(project / "data/generated.csv"); rows["bytes"] = [(project / p).stat().st_size for p in rows.image_path]; rows.to_csv(project / "data/generated.csv", index=False)
