@@ -63,7 +63,7 @@ def seconds_plain(sides, prompts, batch, steps):
 
 def seconds_ours(workers, limit, steps):
     from torch.distributed import TCPStore
-    from mhrlhf.settings import GenerateSettings
+    from mhrlhf.core.settings import GenerateSettings
     with tempfile.TemporaryDirectory() as folder:
         server = TCPStore("127.0.0.1", 0, is_master=True)
         settings = GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path(folder)/"images", metadata=Path(folder)/"m.csv", seeds=1, limit=limit,
@@ -73,7 +73,7 @@ def seconds_ours(workers, limit, steps):
 
 def throughput(images, rounds, steps):
     "Seconds of each way in each round; the first round, of few images, warms up and does not count."
-    from mhrlhf.generate import read_prompts
+    from mhrlhf.core.prompts import read_prompts
     both, plain, ours = Side("plain", 2), [Side("plain", 1), Side("plain", 1)], [Side("ours", 1), Side("ours", 1)]
     for s in (every := [both, *plain, *ours]): s.ready()
     ways = {"plain, one prompt at a time": lambda prompts: seconds_plain([both], prompts, 1, steps), **{f"plain, batch {n}": lambda prompts, n=n: seconds_plain([both], prompts, n, steps) for n in (8, 16, 32)},
@@ -90,7 +90,7 @@ def throughput(images, rounds, steps):
 def claim_seconds(tasks):
     "Processor and waiting time of one claim and one report, with so many images queued."
     from torch.distributed import TCPStore
-    from mhrlhf.generate import Queue
+    from mhrlhf.images.queue import Queue
     server = TCPStore("127.0.0.1", 0, is_master=True); queue = Queue(TCPStore("127.0.0.1", server.port, is_master=False), tasks, 8)
     start = time.perf_counter()
     for _ in range(2000): queue.claim(); queue.exhausted(); queue.add("done/0", 8); queue.add("failed", 0)
@@ -101,7 +101,7 @@ def overhead_seconds(prompts):
     import numpy as np
     from torch.distributed import HashStore
     from mhrlhf import generate, models
-    from mhrlhf.settings import GenerateSettings
+    from mhrlhf.core.settings import GenerateSettings
     picture = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
     class Still:
         def __init__(self, pipe, settings, say): self.settings, self.batch, self.device, self.slowest = settings, 8, "cpu", 0.
@@ -120,7 +120,9 @@ def overhead_seconds(prompts):
 def scan_seconds(images):
     "Looking at so many images that are there, without and with their rows."
     import numpy as np
-    from mhrlhf.generate import Prompt, Task, _known_rows, missing_images, order_metadata, write_image
+    from mhrlhf.core.prompts import Prompt
+    from mhrlhf.images.metadata import _known_rows, order_metadata, write_image
+    from mhrlhf.images.queue import Task, missing_images
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(Prompt(f"p{i:05}", "a fox"), s, f"{folder}/images/p{i:05}/{s}.png") for i in range(images // 20) for s in range(20)]
         write_image(tasks[0].path, np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)); data = Path(tasks[0].path).read_bytes()
@@ -167,7 +169,7 @@ def sdxl_shape(device):
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    from mhrlhf.models import load_pipeline
+    from mhrlhf.images.models import load_pipeline
     before = torch.get_default_dtype(); torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -197,7 +199,7 @@ def measure_sdxl(side, steps, batches):
     import torch
     from torch.distributed import HashStore
     from mhrlhf import generate, models
-    from mhrlhf.settings import GenerateSettings
+    from mhrlhf.core.settings import GenerateSettings
     device = models.choose_device(); pipe = sdxl_shape(device); prompts = generate.read_prompts(ROOT/"data/prompts.csv", 2 * max(batches))
     models.load_pipeline = lambda *a: pipe
     generate.image_is_sound = lambda image: True   # random weights draw nothing that could be judged

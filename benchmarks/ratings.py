@@ -11,12 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 
-from mhrlhf.agreement import agreement, icc_2, icc_3, intraclass, krippendorff_alpha, mean_squares, within_group_agreement
-from mhrlhf.aspects import NAMES
-from mhrlhf.assignment import assign
-from mhrlhf.panel import RatingSession, rating_order
-from mhrlhf.raters import true_scores
-from mhrlhf.ratings import RatingStore, simulated_panel, simulated_raters
+from mhrlhf.ratings.agreement import (
+    agreement, icc_2, icc_3, intraclass, krippendorff_alpha, mean_squares, within_group_agreement,
+)
+from mhrlhf.core.aspects import NAMES
+from mhrlhf.ratings.assignment import assign
+from mhrlhf.ratings.panel import RatingSession, rating_order
+from mhrlhf.ratings.raters import true_scores
+from mhrlhf.ratings.simulated import simulated_panel, simulated_raters
+from mhrlhf.ratings.store import RatingStore
 
 def timed(work):
     "Processor seconds of a call."

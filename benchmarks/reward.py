@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mhrlhf.aspects import NAMES
-from mhrlhf.features import FeatureCache, extract_arrays, preprocess, to_pixels
-from mhrlhf.models import load_backbone
-from mhrlhf.ratings import simulated_panel
-from mhrlhf.reward import rated_images, summary, train
-from mhrlhf.settings import TrainRewardSettings
+from mhrlhf.core.aspects import NAMES
+from mhrlhf.reward.features import FeatureCache, extract_arrays, preprocess, to_pixels
+from mhrlhf.images.models import load_backbone
+from mhrlhf.ratings.simulated import simulated_panel
+from mhrlhf.reward.readings import summary
+from mhrlhf.reward.train import rated_images, train
+from mhrlhf.core.settings import TrainRewardSettings
 
 BATCHES = (16, 32, 64, 128)  # of the raw forward
 

@@ -8,7 +8,7 @@ __all__ = ['DESCRIPTIONS', 'EXAMPLES', 'run_stage', 'main']
 # %% ../nbs/90_cli.ipynb #e4a8778d
 import sys
 
-from .files import InputError
+from .core.files import InputError
 
 # %% ../nbs/90_cli.ipynb #7f8d007f
 DESCRIPTIONS = {
@@ -68,7 +68,7 @@ def run_stage(
     import importlib, os
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: spinning ones ruin a busy machine
     import tyro
-    from mhrlhf.settings import MODULES, STAGES, choose_profile, load_settings, profile_variant
+    from mhrlhf.core.settings import MODULES, STAGES, choose_profile, load_settings, profile_variant
     profile, arguments = _take(arguments, "profile", "")
     path, arguments = _take(arguments, "settings", "settings.ini")
     variant, arguments = _take(arguments, "variant", "")

@@ -12,9 +12,9 @@ import importlib, shutil, time
 
 import numpy as np
 
-from .aspects import NAMES
-from .files import InputError, fingerprint, read_json, write_json
-from .settings import MODULES, TestPipelineSettings, load_settings
+from .core.aspects import NAMES
+from .core.files import InputError, fingerprint, read_json, write_json
+from .core.settings import MODULES, TestPipelineSettings, load_settings
 
 # %% ../nbs/80_workflow.ipynb #b7b4db10
 def stage_settings(

@@ -8,7 +8,7 @@ import os, re, subprocess, sys
 import pytest
 
 from mhrlhf.cli import DESCRIPTIONS
-from mhrlhf.settings import STAGES, load_settings
+from mhrlhf.core.settings import STAGES, load_settings
 
 ROOT = Path(__file__).parent.parent
 MHRLHF = Path(sys.executable).parent / "mhrlhf"
@@ -33,7 +33,7 @@ def test_import_is_quick(): assert seconds(sys.executable, "-c", "import mhrlhf"
 
 def test_help_is_quick(): assert seconds(MHRLHF, "--help") < 1
 
-@pytest.mark.parametrize("code", ["import mhrlhf", "from mhrlhf.cli import main; main(['--help'])", "from mhrlhf.settings import choose_profile; choose_profile()"])
+@pytest.mark.parametrize("code", ["import mhrlhf", "from mhrlhf.cli import main; main(['--help'])", "from mhrlhf.core.settings import choose_profile; choose_profile()"])
 def test_start_up_needs_no_torch(code):
     done = run(sys.executable, "-c", f"{code}; import sys; sys.exit([m for m in ('torch', 'numpy', 'pandas', 'matplotlib') if m in sys.modules] or None)")
     assert done.returncode == 0, done.stderr
@@ -104,7 +104,7 @@ def test_profile_passes_through_make():
     ("0, GPU-aa1, 24564", "-1", ("pocket", "no CUDA GPU here")), ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", None, ("pocket", "no CUDA GPU here")), ("0, GPU-aa1, [N/A]", None, ("pocket", "no CUDA GPU here"))])
 def test_the_machine_chooses_the_profile(answer, visible, chosen, tmp_path, monkeypatch):
     "By what nvidia-smi says; here a script says it in its place."
-    from mhrlhf.settings import choose_profile
+    from mhrlhf.core.settings import choose_profile
     smi = tmp_path/"nvidia-smi"; smi.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n"); smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}"); monkeypatch.delenv("PROFILE", raising=False)
     if visible is None: monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

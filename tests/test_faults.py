@@ -9,8 +9,9 @@ from PIL import Image
 
 from mhrlhf import generate
 from mhrlhf.cli import main
-from mhrlhf.generate import METADATA_COLUMNS, append_rows, missing_images, plan_tasks, read_metadata
-from mhrlhf.settings import GenerateSettings
+from mhrlhf.images.metadata import METADATA_COLUMNS, append_rows, read_metadata
+from mhrlhf.images.queue import missing_images, plan_tasks
+from mhrlhf.core.settings import GenerateSettings
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [Path(sys.executable).parent/"mhrlhf", "generate", "--profile", "pocket", "--settings", ROOT/"settings.ini", "--prompts", ROOT/"data/prompts.csv"]
@@ -97,7 +98,7 @@ def test_an_evaluation_that_cannot_be_written(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def pipe():
-    from mhrlhf.models import load_pipeline
+    from mhrlhf.images.models import load_pipeline
     return load_pipeline("pocket")
 
 @pytest.fixture

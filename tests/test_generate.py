@@ -9,13 +9,13 @@ from PIL import Image
 from mhrlhf.generate import (Prompt, Queue, Task, image_seed, missing_images, one_thread, order_metadata, plan_tasks, prepare, read_metadata,
                              read_prompts, work, write_image)
 from mhrlhf.pocket.scenes import parse_caption, unseen_captions
-from mhrlhf.settings import GenerateSettings
+from mhrlhf.core.settings import GenerateSettings
 
 ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def pipe():
-    from mhrlhf.models import load_pipeline
+    from mhrlhf.images.models import load_pipeline
     return load_pipeline("pocket")
 
 def by_workers(settings, workers, pipe, monkeypatch):
@@ -55,7 +55,8 @@ def test_a_pipeline_of_another_shape(tmp_path):
     import torch
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    from mhrlhf.generate import estimate_memory, run
+    from mhrlhf.images.generate import run
+    from mhrlhf.images.memory import estimate_memory
     from mhrlhf.pocket.train import build_pipeline, build_tokenizer
     torch.manual_seed(0)
     text = lambda cls, width: cls(CLIPTextConfig(vocab_size=8192, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=48, bos_token_id=8190, eos_token_id=8191))

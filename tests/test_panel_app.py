@@ -7,7 +7,7 @@ pytest.importorskip("voila", reason="voila is not installed: pip install -e '.[d
 from test_panel_browser import CHROMIUM, answers, free_port, make_project, playwright, press, shot, status, stored, wait_for
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; install it (Debian: apt-get install chromium) to test the page in a browser")
-SERVE = "import sys; from mhrlhf.app import serve; sys.exit(serve('data/generated.csv', 'sqlite:///data/annotations/ratings.db', port=int(sys.argv[1])))"
+SERVE = "import sys; from mhrlhf.ratings.app import serve; sys.exit(serve('data/generated.csv', 'sqlite:///data/annotations/ratings.db', port=int(sys.argv[1])))"
 
 @pytest.fixture(scope="module")
 def page_of(tmp_path_factory):

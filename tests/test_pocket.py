@@ -17,7 +17,7 @@ def test_fast_recipe_builds_a_pocket_that_loads_and_samples(tmp_path):
 
 
 def test_same_recipe_same_weights(tmp_path):
-    from mhrlhf.models import load_pipeline
+    from mhrlhf.images.models import load_pipeline
     from mhrlhf.pocket.train import RECIPES, train_judge
     torch.set_num_threads(1)
     r, pipe = replace(RECIPES["fast"], judge_steps=3, bank=32), load_pipeline("pocket")
@@ -29,10 +29,10 @@ def test_same_recipe_same_weights(tmp_path):
 
 @pytest.mark.parametrize("part", ["sdxl/unet/diffusion_pytorch_model.safetensors", "openclip/open_clip_model.safetensors", "tiny_vae/diffusion_pytorch_model.safetensors", "judge.safetensors", "recipe.json", "log.jsonl"])
 def test_what_ships_is_complete(part):
-    from mhrlhf.models import pocket_folder
+    from mhrlhf.images.models import pocket_folder
     assert (pocket_folder() / part).stat().st_size > 100
 
 
 def test_what_ships_is_small():
-    from mhrlhf.models import pocket_folder
+    from mhrlhf.images.models import pocket_folder
     assert sum(p.stat().st_size for p in pocket_folder().rglob("*") if p.is_file()) < 40e6

@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 
 from mhrlhf import annotate, app
-from mhrlhf.files import InputError
-from mhrlhf.panel import RatingSession
-from mhrlhf.ratings import RatingStore, StoreError
-from mhrlhf.settings import AnnotateSettings
+from mhrlhf.core.files import InputError
+from mhrlhf.ratings.panel import RatingSession
+from mhrlhf.ratings.store import RatingStore, StoreError
+from mhrlhf.core.settings import AnnotateSettings
 
 WRITER = """
 import sys
-from mhrlhf.ratings import RatingStore
+from mhrlhf.ratings.store import RatingStore
 url, rater, answers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store = RatingStore(url)
 for i in range(answers):

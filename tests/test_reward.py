@@ -10,18 +10,21 @@ import pandas as pd
 import pytest
 import torch
 
-from mhrlhf.aspects import NAMES
+from mhrlhf.core.aspects import NAMES
 from mhrlhf import features as features_module
-from mhrlhf.evaluate import choose_judge
-from mhrlhf.features import FeatureCache, Features, extract_arrays
-from mhrlhf.files import InputError, read_json, write_csv
-from mhrlhf.models import load_backbone
-from mhrlhf.monitor import latest_figures
-from mhrlhf.ratings import RatingStore, simulated_panel
+from mhrlhf.proof.evaluate import choose_judge
+from mhrlhf.reward.features import FeatureCache, Features, extract_arrays
+from mhrlhf.core.files import InputError, read_json, write_csv
+from mhrlhf.images.models import load_backbone
+from mhrlhf.proof.monitor import latest_figures
+from mhrlhf.ratings.simulated import simulated_panel
+from mhrlhf.ratings.store import RatingStore
 from mhrlhf import reward
-from mhrlhf.reward import RewardModel, rated_images, read_choices, run, save_model, train
-from mhrlhf.score import run as run_score
-from mhrlhf.settings import EvaluateSettings, ScoreSettings, TrainRewardSettings
+from mhrlhf.reward.model import RewardModel, save_model
+from mhrlhf.reward.train import rated_images, run, train
+from mhrlhf.reward.weights import read_choices
+from mhrlhf.reward.score import run as run_score
+from mhrlhf.core.settings import EvaluateSettings, ScoreSettings, TrainRewardSettings
 
 SETTINGS = TrainRewardSettings(hidden=8, epochs=6, patience=3, opposites="")  # made-up features know no phrases
 BACKBONE = SimpleNamespace(name="made-up", identity="made-up-1", device=torch.device("cpu"))
@@ -111,7 +114,7 @@ def test_a_model_on_disk_states_the_same_errors_and_composite(trained, folder):
     pd.testing.assert_frame_equal(load(folder).table(features[:9]), trained.model.table(features[:9]))
 
 def test_a_head_that_learned_another_aspect_is_found_out():
-    from mhrlhf.trust import leakage
+    from mhrlhf.reward.trust import leakage
     features, metadata, tidy = world(400, noise=.5)
     rated = rated_images(tidy, metadata); ratings = rated.ratings
     sees, _ = leakage(ratings.assign(style=ratings["material"] + .1 * np.random.default_rng(0).normal(size=400)), ratings, rated.prompt_ids)
@@ -237,7 +240,7 @@ def test_no_model_is_said(tmp_path):
     with pytest.raises(InputError, match="no reward model here; train one first"): load(tmp_path)
 
 def test_a_model_that_could_not_be_written_leaves_the_old_one(folder, trained, monkeypatch):
-    import mhrlhf.reward as reward
+    import mhrlhf.reward.readings as reward
     before, save = load(folder), reward.save_file
     def full(tensors, path):
         if "fidelity" in str(path): raise OSError("no space left on device")

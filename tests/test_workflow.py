@@ -5,8 +5,8 @@ import importlib, time
 import pytest
 
 from mhrlhf.cli import main
-from mhrlhf.files import read_json
-from mhrlhf.settings import MODULES, TestPipelineSettings
+from mhrlhf.core.files import read_json
+from mhrlhf.core.settings import MODULES, TestPipelineSettings
 from mhrlhf.workflow import RESULTS, run_stages, stage_settings
 
 ROOT = Path(__file__).parent.parent
