@@ -22,10 +22,9 @@ _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 
     "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
     "raters": 1, "per_image": 1, "sitting": 1,               # the panel
     "folds": 2,                                              # one to learn from, one to check
-    "patience": 1, "rank": 1, "climb": 1, "shifts": 1,       # training
-    "candidates": 1, "prompts_per_rollout": 1, "prompts_per_update": 1, "rollouts": 1, "updates": 1,
-    "max_timestep": 21,                                      # timesteps are drawn from 20 on
-    "temperature": .001,                                     # it is divided by
+    "patience": 1, "rank": 1, "updates": 1,                  # training
+    "members": 1, "noise_epochs": 1,                         # noise-aware heads
+    "watch_every": 1, "watched": 2,                          # two prompts or more have an interval
 }
 _SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
@@ -123,12 +122,11 @@ class AnnotateSettings(Settings):
 
 # %% ../../nbs/core/02_settings.ipynb #6b1a7969
 @dataclass(frozen=True)
-class TrainRewardSettings(Settings):
-    "Step 4: five reward heads on a frozen OpenCLIP."
+class TrainRewardSettings(PipelineSettings):
+    "Step 4: five reward heads on a frozen OpenCLIP, and five that know the noise on the image model."
     database: str = "sqlite:///data/annotations/ratings.db"  # ratings to learn from
     metadata: Path = Path("data/generated.csv")  # the rated images and their prompts
     backbone: str = "pocket"      # "pocket", a local OpenCLIP folder, or name/pretrained-tag such as ViT-L-14/openai
-    device: str = "auto"          # auto: cuda where there is one, else cpu
     output: Path = Path("outputs/multihead_reward_model")  # folder written
     cache: Path = Path("outputs/features")                 # features, kept by content
     # pairs of phrases between which an image is read, such as sharp/very blurry, tiny/huge;
@@ -148,7 +146,11 @@ class TrainRewardSettings(Settings):
     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations,
     # the lower the more the weakest aspect decides
     soft_minimum: float = 0.0
-    seed: int = 0                 # of splits and initial weights
+    draws: int = 12000            # noisy pictures from which the noise-aware heads learn; 0: none of these heads
+    copies: int = 1               # moved and zoomed copies of each rated picture, which teach as well
+    members: int = 3              # of the noise-aware heads; each learns without one part of the prompts
+    noise_epochs: int = 2         # passes over the draws; more learn them by heart
+    seed: int = 0                 # of splits, initial weights and noise
 
 # %% ../../nbs/core/02_settings.ipynb #41bd081b
 @dataclass(frozen=True)
@@ -169,39 +171,35 @@ class ScoreSettings(Settings):
 @dataclass(frozen=True)
 class TrainDSPOSettings(SamplingSettings):
     "Step 5: tune the image model so that all aspects rise together."
-    prompts: Path = Path("data/prompts.csv")                    # prompts to sample candidates for
     reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
     output: Path = Path("outputs/dspo_model")                   # folder written
     # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
     backbone: str = ""
-    # what is optimised, see notebook 50
-    objective: Literal["dspo-score", "dspo", "dspo-sdxl", "dpo", "sft"] = "dspo-score"
-    # dynamic: weight on aspects that lag; fixed: combination weights; sum: plain weighted sum, heads not normalised
-    balance: Literal["dynamic", "fixed", "sum"] = "dynamic"
+    # what is optimised, see notebook 50; all but dspo are for comparison and learn from pairs of rated pictures
+    objective: Literal["dspo", "dspo-pairs", "dpo", "sft"] = "dspo"
+    # reach: weight on aspects that lag behind what they can reach; equal: the plain sum
+    balance: Literal["reach", "equal"] = "reach"
+    strength: float = 12.0        # how far along the heads' gradient the sampler is moved; as in guided sampling
+    rate: float = 2.0             # of the balance: change of a weight for a share that lags by one
+    anchor: float = 0.25          # share of a batch that asks with the empty prompt and stays where it was
+    updates: int = 280            # optimizer steps
+    batch: int = 16               # noisy pictures in an update, of all processes together
     adapter: Literal["dora", "lora"] = "dora"  # kind of adapter on the UNet
     layers: Literal["attention", "all"] = "attention"  # where the adapter sits; all: convolutions and feed-forward too
     rank: int = 8                 # of the adapter
-    lr: float = 5e-4              # AdamW learning rate of the adapter
+    lr: float = 1e-3              # AdamW learning rate of the adapter, falls to a twentieth
     beta: float = 2000.0          # scale of the implicit preference u (pair objectives)
-    # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
-    strength: float = 0.12
-    climb: int = 3                # dspo-score: steps uphill from a candidate, the mean of which is the direction
-    distance: float = 30.0        # weight of the squared distance to the reference (pair objectives)
-    candidates: int = 4           # K images per prompt
-    prompts_per_rollout: int = 16  # prompts sampled at a time
-    prompts_per_update: int = 4   # prompts of a rollout in one optimizer step, K images each
-    rollouts: int = 20            # how often candidates are sampled afresh
-    updates: int = 18             # optimizer steps per rollout
-    max_timestep: int = 810       # largest timestep trained on, of 1000; earlier ones bring more noise than direction
-    shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
-    shift: int = 2                # largest shift, pixels
-    patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
-    temperature: float = 0.15
+    min_timestep: int = 300       # smallest timestep trained on; below, the target is too short to be divided by
+    max_timestep: int = 998       # largest timestep trained on
+    watched: int = 32             # prompts that are sampled again and again, with fixed seeds
+    watch_every: int = 40         # updates between two looks
+    watch_steps: int = 10         # denoising steps of a look
+    patience: int = 3             # looks in a row at which an aspect may be below its start before the run ends
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
-    minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
-    seed: int = 0                 # of prompts, noise and timesteps
+    minutes: float = 0.0          # stop after this much time; 0: when all updates are done
+    seed: int = 0                 # of noise and timesteps
+
 
 # %% ../../nbs/core/02_settings.ipynb #5dbe6f47
 @dataclass(frozen=True)
@@ -229,6 +227,10 @@ class InferenceSettings(SamplingSettings):
     seed: int = 0                              # of the first image
     count: int = 1                             # images per prompt
     compare: bool = False                      # also the untuned model, side by side
+    guide: float = 0.0                         # strength of the heads' gradient while sampling, without any tuning; 12
+    # with --guide: aspects that are followed, such as spatial=2,style=1; default: all alike
+    weights: str = ""
+    reward_model: Path = Path("outputs/multihead_reward_model")  # whose noise-aware heads guide
     output: Path = Path("outputs/inference")   # folder written
 
 # %% ../../nbs/core/02_settings.ipynb #20de8412
@@ -246,8 +248,9 @@ class TestPipelineSettings(Settings):
     output: Path = Path("outputs/test_pipeline")  # folder written; everything the run makes lies in it
     prompts: int = 720        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
-    heldout: int = 128        # prompts of the evaluation
-    minutes: float = 3.5      # of tuning
+    heldout: int = 208        # prompts of the evaluation
+    updates: int = 280        # of the tuning
+    minutes: float = 10.      # of the tuning, at most
     processes: int = 2        # that generate, tune and evaluate
     fresh: bool = False       # start over instead of continuing
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHIFT', 'ZOOM', 'GRID', 'WIDTH', 'PLACES', 'HIDDEN', 'WAVES', 'GROUPS', 'LEVELS_DRAWN', 'DRAWS_AT_ONCE', 'FARTHEST',
-           'LEVELS', 'NOISE_FILE', 'RatedLatents', 'moved_copies', 'NoiseHead', 'to_grid', 'NoiseHeads', 'Draws',
-           'draw', 'fit_noise_heads', 'unseen_predictions', 'correlation_by_noise', 'uphill', 'unet_identity',
-           'save_noise_heads', 'load_noise_heads']
+           'LEVELS', 'NOISE_FILE', 'PICTURES_AT_ONCE', 'RATED_FILE', 'RatedLatents', 'moved_copies', 'NoiseHead',
+           'to_grid', 'NoiseHeads', 'Draws', 'draw', 'fit_noise_heads', 'unseen_predictions', 'correlation_by_noise',
+           'uphill', 'unet_identity', 'save_noise_heads', 'load_noise_heads', 'rated_latents', 'save_rated',
+           'load_rated']
 
-# %% ../../nbs/reward/46_noise.ipynb #de5b9009
-from dataclasses import dataclass
+# %% ../../nbs/reward/46_noise.ipynb #a001f46c
+from dataclasses import dataclass, replace
 from pathlib import Path
 import json
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.files import InputError, atomic_path, fingerprint
-from ..images.denoiser import Denoiser, Text
+from ..images.denoiser import Denoiser, Text, encode_texts
 from ..images.models import fast_math
 
 # %% ../../nbs/reward/46_noise.ipynb #830f7c4b
@@ -30,7 +31,8 @@ from ..images.models import fast_math
 class RatedLatents:
     "Rated pictures as the image model sees them."
     latents: Tensor  # (n, c, h, w), scaled
-    text: Text       # of the prompts, each once
+    prompts: list    # texts, each once
+    text: Text       # of the prompts, encoded
     prompt: Tensor   # (n,) row of each picture's prompt in `text`
     ratings: Tensor  # (n, aspects), standardised
     weights: Tensor  # (n, aspects), 0 where not rated
@@ -38,7 +40,8 @@ class RatedLatents:
     def __len__(self) -> int: return len(self.latents)
 
     def __getitem__(self, rows):
-        return RatedLatents(self.latents[rows], self.text, self.prompt[rows], self.ratings[rows], self.weights[rows])
+        return replace(self, latents=self.latents[rows], prompt=self.prompt[rows], ratings=self.ratings[rows],
+                       weights=self.weights[rows])
 
     def texts(self, rows: Tensor) -> Text:
         "The encoded prompts of some pictures."
@@ -108,7 +111,7 @@ class NoiseHeads(nn.Module):
     def __init__(self,
         channels: list,      # of the features
         aspects: list,       # names
-        members: int = 4,
+        members: int = 3,
         dropout: float = .3,
     ):
         super().__init__()
@@ -168,7 +171,7 @@ def fit_noise_heads(
     ratings: Tensor,     # (pictures, aspects), standardised
     weights: Tensor,     # (pictures, aspects)
     folds: Tensor,       # (pictures,), 0 to members - 1
-    epochs: int = 8,     # passes over the draws
+    epochs: int = 2,     # passes over the draws; more learn them by heart
     batch: int = 96,
     lr: float = 2e-3,    # of AdamW, falls to a twentieth
     seed: int = 0,
@@ -288,8 +291,73 @@ def load_noise_heads(
             heads = NoiseHeads(about["channels"], about["aspects"], about["members"])
             heads.load_state_dict({name: f.get_tensor(name) for name in f.keys()})
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"{path}: damaged ({type(e).__name__}); train the heads again with mhrlhf train-reward") from None
+        raise InputError(f"{path}: damaged ({type(e).__name__}); train again with mhrlhf train-reward") from None
     if about["unet"] != unet_identity(denoiser.unet):
         raise InputError(f"{path}: these heads read the features of another image model; name the pipeline they were "
                          "trained with, or train them for this one with mhrlhf train-reward")
     return heads.to(denoiser.device).eval().requires_grad_(False)
+
+# %% ../../nbs/reward/46_noise.ipynb #1c110cc4
+PICTURES_AT_ONCE = 64  # that are resized, scored and encoded together
+
+def rated_latents(
+    denoiser: Denoiser,
+    reward,            # a `RewardModel`
+    pictures: list,    # n arrays (h, w, 3) uint8, of any sizes
+    prompts: list,     # n texts
+    copies: int = 1,   # moved copies of each picture
+    seed: int = 0,
+    show=lambda done, total: None,
+) -> RatedLatents:     # of (1 + copies) n pictures, the originals first
+    "Pictures and copies of them as latents, rated by the reward model."
+    generator, unique = torch.Generator().manual_seed(seed), sorted(set(prompts))
+    parts = [slice(i, i + PICTURES_AT_ONCE) for i in range(0, len(pictures), PICTURES_AT_ONCE)]
+    latents, ratings, total = [], [], (1 + copies) * len(parts)
+    for copy in range(1 + copies):
+        for part in parts:
+            pixels = torch.cat([_fitted(denoiser, picture) for picture in pictures[part]])
+            if copy: pixels = moved_copies(pixels, generator)
+            latents.append(denoiser.latents(pixels).cpu())
+            ratings.append(_rated(reward, pixels, prompts[part]))
+            show(len(latents), total)
+    ratings = torch.cat(ratings)
+    usual = ratings[:len(pictures)]
+    rows = torch.tensor([unique.index(p) for p in prompts] * (1 + copies))
+    return RatedLatents(torch.cat(latents), unique, encode_texts(denoiser.pipe, unique), rows,
+                        (ratings - usual.mean(0)) / usual.std(0).clamp(min=1e-3), torch.ones_like(ratings))
+
+def _fitted(denoiser, picture):
+    "A picture as (1, 3, H, W) in [0, 1], in the size that the image model draws."
+    pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None] / 255
+    size = denoiser.height, denoiser.width
+    if pixels.shape[2:] == size: return pixels
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+def _rated(reward, pixels, prompts):
+    "What a reward model says of pixels: (n, aspects)."
+    arrays = (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.tensor(reward.score(list(arrays), prompts)[list(reward.aspects)].to_numpy(), dtype=torch.float32)
+
+# %% ../../nbs/reward/46_noise.ipynb #d5d15388
+RATED_FILE = "rated_latents.safetensors"
+
+def save_rated(rated: RatedLatents, folder) -> Path:
+    "Write rated latents, atomically."
+    path = Path(folder) / RATED_FILE
+    tensors = dict(latents=rated.latents.half(), prompt=rated.prompt, ratings=rated.ratings, weights=rated.weights)
+    with atomic_path(path) as part:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part,
+                  metadata={"prompts": json.dumps(rated.prompts)})
+    return path
+
+def load_rated(folder, denoiser: Denoiser) -> RatedLatents:
+    "Read rated latents. Raises `InputError` if there are none or the file is damaged."
+    path = Path(folder) / RATED_FILE
+    if not path.is_file(): raise InputError(f"{path}: no rated latents here; train the heads with mhrlhf train-reward")
+    try:
+        with safe_open(path, "pt") as f:
+            prompts, tensors = json.loads(f.metadata()["prompts"]), {name: f.get_tensor(name) for name in f.keys()}
+        latents = tensors.pop("latents").float()
+        return RatedLatents(latents, prompts, encode_texts(denoiser.pipe, prompts), **tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: damaged ({type(e).__name__}); train again with mhrlhf train-reward") from None
