@@ -50,6 +50,7 @@ def _share_image(path, asked, experts, taken, load, pace, luck, together):
             load[rater] += 1
     return rows
 
+# %% ../../nbs/ratings/37_assignment.ipynb #386d912e
 def _share(wanted, experts, taken, load, pace, seed, together):
     "(rater, image, aspect) for each image's wanted [(aspect, number)]."
     rng, rows = np.random.default_rng(seed), []
@@ -87,6 +88,7 @@ def _arrange_rater(rater, asked, first_block, aspects, block, one_aspect, seed):
         rows += [(rater, number, p, a) for *_, p, a in sorted(cells, key=_by_aspect if one_aspect else _by_image)]
     return rows
 
+# %% ../../nbs/ratings/37_assignment.ipynb #71fa0dce
 def _arrange(rows, prompt_ids, first_block, aspects, block, one_aspect, seed):
     "The new rows of all raters as a table, in blocks and turns; `first_block`: rater -> number of the next block."
     mine, out = defaultdict(lambda: defaultdict(list)), []
@@ -112,6 +114,7 @@ def _standing(before, images, raters, tidy):
         if (rater, path, aspect) not in done: load[rater] += 1
     return kept, taken, load
 
+# %% ../../nbs/ratings/37_assignment.ipynb #9ace9e6a
 def _add(wanted, standing, images, raters, aspects, pace, block, one_aspect, seed):
     "Share what is wanted and put it after what stands."
     kept, taken, load = standing
@@ -135,6 +138,7 @@ def _check_possible(raters, per_image, aspects, block):
         raise InputError(f"{per_image} raters per image are asked for, but {aspect} has only {len(known)} "
                          f"({', '.join(known) or 'nobody'}): ask for fewer, or let more people rate it")
 
+# %% ../../nbs/ratings/37_assignment.ipynb #04e10118
 def _missing(images, raters, per_image, aspects, taken, seed):
     "Each image, in random order, with the [(aspect, number of raters)] that it still needs."
     paths = list(images.image_path)
@@ -143,7 +147,7 @@ def _missing(images, raters, per_image, aspects, taken, seed):
     needs = {p: [(a, per_image - len(taken[p, a])) for a in scarce] for p in paths}
     return [(p, [(a, number) for a, number in needs[p] if number > 0]) for p in paths]
 
-# %% ../../nbs/ratings/37_assignment.ipynb #1b8f90f2
+# %% ../../nbs/ratings/37_assignment.ipynb #aec5585f
 def assign(
     images: pd.DataFrame,         # with prompt_id and image_path
     raters: dict,                 # name -> aspects, see `parse_raters`
@@ -188,6 +192,7 @@ def _without_bias(one):
         return image, y, names, usual, spread
     return image, y - rater_biases(image, rater, y)[rater], names, usual, spread
 
+# %% ../../nbs/ratings/37_assignment.ipynb #8517a68a
 def _known_by_raters(one, images):
     "Per image: the variance that its raters showed, the precision of what they say, their number; usual, spread."
     image, y, names, usual, spread = _without_bias(one)
@@ -209,6 +214,7 @@ def _gains_of(aspect, one, images, model):
     return images[["prompt_id", "image_path"]].assign(
         aspect=aspect, raters=raters, disagreement=np.sqrt(own), error=np.sqrt(variance), model=model, gain=gain)
 
+# %% ../../nbs/ratings/37_assignment.ipynb #a8cad7d7
 def what_to_rate_next(
     images: pd.DataFrame,  # with prompt_id and image_path
     tidy: pd.DataFrame,    # ratings so far
@@ -234,6 +240,7 @@ def _next_cells(gains, answers, raters, kept, taken, done):
         return (path, aspect) not in coming and next(left, None) is not None
     return [cell for cell in zip(gains.image_path, gains.aspect) if free(*cell)][:answers]
 
+# %% ../../nbs/ratings/37_assignment.ipynb #114b3571
 def assign_next(
     gains: pd.DataFrame,          # of `what_to_rate_next`
     answers: int,                 # how many more there is time for
@@ -266,6 +273,7 @@ def _settled(images, seen, count, raters):
                          "in every aspect; rate more first, or ask for fewer")
     return spread.index[:max(count, len(spread) // SETTLED)]
 
+# %% ../../nbs/ratings/37_assignment.ipynb #9a5dbd57
 def calibration_images(
     images: pd.DataFrame,  # with prompt_id, image_path and prompt
     tidy: pd.DataFrame,    # ratings of a panel that agrees
