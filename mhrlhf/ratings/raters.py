@@ -55,7 +55,7 @@ def _unbiased(image, rater, y, ms):
     fair = y - rater_biases(image, rater, y)[rater]
     return np.bincount(image, fair) / counts, np.sqrt(ms.error / counts)
 
-# %% ../../nbs/ratings/36_raters.ipynb #d05cb956
+# %% ../../nbs/ratings/36_raters.ipynb #a99d9300
 LEAST_VARIANCE = 1e-3  # points²: errors and images never vary less
 LEAST_BIAS = 1e-9      # points²: nor do biases
 
@@ -78,7 +78,7 @@ def _pseudo_votes(raw, votes, usual, per_image):
     beyond = np.average((raw - usual) ** 2 - chance, weights=votes)
     return float(np.clip(2 * usual ** 2 / max(beyond, 1e-12), FEWEST_VOTES, MOST_VOTES))
 
-# %% ../../nbs/ratings/36_raters.ipynb #2e11f3c3
+# %% ../../nbs/ratings/36_raters.ipynb #6e0cff31
 def _distance_to_others(image, residual, weight):
     "Of each rating: the squared distance to the others' mean, less that mean's variance; and whether there are others."
     total, summed = np.bincount(image, weight), np.bincount(image, weight * residual)  # (images,)
@@ -88,7 +88,7 @@ def _distance_to_others(image, residual, weight):
     mean = (summed[image] - weight * residual) / rest
     return np.where(seen, (residual - mean) ** 2 - 1 / rest, 0.), seen
 
-# %% ../../nbs/ratings/36_raters.ipynb #4c9da5fc
+# %% ../../nbs/ratings/36_raters.ipynb #ae00be1f
 FEWEST_PER_IMAGE = 1.5  # raters of an image, where chance is judged
 
 def _rater_variances(image, rater, residual, variance, usual):
@@ -99,7 +99,7 @@ def _rater_variances(image, rater, residual, variance, usual):
     prior = _pseudo_votes(sums / np.maximum(votes, 1), votes, usual, per_image)
     return np.maximum((sums + prior * usual) / (votes + prior), LEAST_SHARE * usual)
 
-# %% ../../nbs/ratings/36_raters.ipynb #e55b1710
+# %% ../../nbs/ratings/36_raters.ipynb #5bcc0fa5
 ROUNDS = 15  # of improving values, biases and variances in turn
 
 def _shrunken(image, rater, y, ms):
@@ -128,7 +128,7 @@ def _scores_of(one, method):
         value, error = np.bincount(image, y) / np.bincount(image), np.full(len(images), max(y.std(), LEAST_ERROR))
     return pd.Series(value, images), pd.Series(error, images)
 
-# %% ../../nbs/ratings/36_raters.ipynb #faa5e0b4
+# %% ../../nbs/ratings/36_raters.ipynb #41d34963
 def true_scores(
     tidy: pd.DataFrame,         # ratings
     method: str = "shrunken",   # mean, unbiased or shrunken
@@ -150,7 +150,7 @@ def _others_mean(image, y):
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(counts[image] > 1, (sums[image] - y) / (counts[image] - 1), np.nan)
 
-# %% ../../nbs/ratings/36_raters.ipynb #e01607a9
+# %% ../../nbs/ratings/36_raters.ipynb #ac5f7519
 def correlation_interval(
     r: float,  # a correlation
     n: int,    # of pairs
@@ -161,7 +161,7 @@ def correlation_interval(
     half = 1.96 / math.sqrt(n - 3)  # z is normal with variance 1 / (n - 3)
     return math.tanh(z - half), math.tanh(z + half)
 
-# %% ../../nbs/ratings/36_raters.ipynb #bf7c6e3e
+# %% ../../nbs/ratings/36_raters.ipynb #15f4f185
 def _profile(name, own, others, bias):
     "A row about one rater from the ratings that others share, and the others' means."
     n, varied = len(own), len(own) >= FEWEST_PAIRS - 1 and np.ptp(own) > 0 and np.ptp(others) > 0
@@ -172,7 +172,7 @@ def _profile(name, own, others, bias):
                 with_others=r, with_others_low=low, with_others_high=high,
                 spread=float(np.std(own)) if n else 0., same_answer=float(most / max(n, 1)))
 
-# %% ../../nbs/ratings/36_raters.ipynb #132d289d
+# %% ../../nbs/ratings/36_raters.ipynb #f4748a21
 def _profiles(image, rater, y, names, biases):
     "A profile for each rater."
     others = _others_mean(image, y)
@@ -235,7 +235,7 @@ def _draw_biases(ax, bias):
     ax.set_yticks(range(len(bias)), bias.index, fontsize=7)
     ax.set_title("bias, rating points", fontsize=8)
 
-# %% ../../nbs/ratings/36_raters.ipynb #54e085d7
+# %% ../../nbs/ratings/36_raters.ipynb #ffceaa84
 def plot_raters(
     tidy: pd.DataFrame,  # ratings
 ):                       # a figure
@@ -264,7 +264,7 @@ def _consistency(own):
     return dict(pairs=len(own), same=float((change == 0).mean()), change=float(change.abs().mean()),
                 drift=float(change.mean()), icc=icc.value, icc_low=icc.low, icc_high=icc.high)
 
-# %% ../../nbs/ratings/36_raters.ipynb #0f092117
+# %% ../../nbs/ratings/36_raters.ipynb #d40e28d0
 def rater_consistency(
     repeats: pd.DataFrame,  # of `RatingStore.repeats`: the columns of tidy ratings, and `again`
 ) -> pd.DataFrame:          # index rater; pairs, same (share), change (mean distance), drift, icc, icc_low, icc_high
@@ -287,7 +287,7 @@ def _thumbnail(root, path, size):
     image.thumbnail((size, size))
     return np.asarray(image)
 
-# %% ../../nbs/ratings/36_raters.ipynb #22ce5295
+# %% ../../nbs/ratings/36_raters.ipynb #19a51c26
 _GREY = np.full((8, 8, 3), 200, np.uint8)  # in place of an image that cannot be read
 _WRAP = 34   # characters in a line above a picture
 _ACROSS = 4  # pictures side by side
@@ -298,7 +298,7 @@ def _show_disputed(ax, own, aspect, picture):
     ax.imshow(_GREY if picture is None else picture, interpolation="nearest")
     ax.set_title(f"{aspect}\n{textwrap.fill(said, _WRAP, max_lines=3)}", fontsize=6)
 
-# %% ../../nbs/ratings/36_raters.ipynb #21089c67
+# %% ../../nbs/ratings/36_raters.ipynb #109e6b85
 def plot_disputed(
     tidy: pd.DataFrame,   # ratings
     root=".",             # the project's folder, to which image paths are relative
@@ -373,7 +373,7 @@ def raters_needed(
         if _half(planned_interval(images, raters, single, bias_share)) <= half_width: return raters
     raise InputError(f"±{half_width:g} needs more images: it is reached with {images} images not with {most} raters")
 
-# %% ../../nbs/ratings/36_raters.ipynb #c0e3d4ea
+# %% ../../nbs/ratings/36_raters.ipynb #3d78d978
 WANTED = .05  # half width of the interval of ICC(2,k)
 
 def plot_plan(
@@ -405,7 +405,7 @@ class PanelReport:
     consistency: pd.DataFrame  # of `rater_consistency`
     root: str = "."            # where the images are
 
-# %% ../../nbs/ratings/36_raters.ipynb #06b9179b
+# %% ../../nbs/ratings/36_raters.ipynb #a56f12b6
 def panel_report(
     tidy: pd.DataFrame,            # ratings
     repeats: pd.DataFrame = None,  # of `RatingStore.repeats`
@@ -420,7 +420,7 @@ def _texts(values, form, missing):
     "Numbers as text, `missing` where there is none."
     return [form.format(v) if pd.notna(v) else missing for v in values]
 
-# %% ../../nbs/ratings/36_raters.ipynb #dfe70d0e
+# %% ../../nbs/ratings/36_raters.ipynb #35ea8b2f
 @patch
 def _rater_table(self: PanelReport):
     "A row a rater: how many ratings, mean bias, agreement with the others, consistency with oneself."
@@ -439,7 +439,7 @@ def _rater_table(self: PanelReport):
         "with oneself, ICC(1,1)": with_self,
         "": np.where(table.suspect, "talk to them", "")}, index=table.index)
 
-# %% ../../nbs/ratings/36_raters.ipynb #e7de9651
+# %% ../../nbs/ratings/36_raters.ipynb #514027ea
 def _picture(fig):
     "A figure inside an HTML page."
     if fig is None: return ""
@@ -447,7 +447,7 @@ def _picture(fig):
     fig.savefig(out, format="png", dpi=90)
     return f"<p><img src='data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}'></p>"
 
-# %% ../../nbs/ratings/36_raters.ipynb #1b8fe08c
+# %% ../../nbs/ratings/36_raters.ipynb #cdcdb5b6
 @patch
 def _halo(self: PanelReport):
     "How the aspects go together, as HTML."
@@ -457,7 +457,7 @@ def _halo(self: PanelReport):
     text = "<p>Correlations of the mean ratings, and below them what remains with all other aspects held fixed.</p>"
     return head + text + "".join(t.round(2).rename_axis(None).to_html(border=0) for t in tables)
 
-# %% ../../nbs/ratings/36_raters.ipynb #a3846a1a
+# %% ../../nbs/ratings/36_raters.ipynb #4f6e7f47
 @patch
 def _gallery(self: PanelReport):
     "The disputed images, as HTML."
@@ -465,7 +465,7 @@ def _gallery(self: PanelReport):
     text = "<p>The most disputed ones; one image in twenty is flagged by chance.</p>"
     return f"<h3>Disputed images</h3>{text}\n{gallery}" if gallery else ""
 
-# %% ../../nbs/ratings/36_raters.ipynb #c050e36b
+# %% ../../nbs/ratings/36_raters.ipynb #99e65c26
 @patch
 def __repr__(self: PanelReport):
     return repr(self.agreement) + (f"\n\n{self._rater_table().to_string()}" if len(self.tidy) else "")
@@ -478,7 +478,7 @@ def _repr_html_(self: PanelReport):
     if len(self.tidy): parts.append(self._gallery())
     return "\n".join(filter(None, parts))
 
-# %% ../../nbs/ratings/36_raters.ipynb #cbd0d344
+# %% ../../nbs/ratings/36_raters.ipynb #f8585326
 @patch
 def save(self: PanelReport,
     path,  # HTML file

@@ -29,7 +29,7 @@ def _counts(prompts, draws, seed):
     for row in counts: row[:] = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
     return counts
 
-# %% ../../nbs/reward/41_trust.ipynb #835f045c
+# %% ../../nbs/reward/41_trust.ipynb #b38400aa
 class Draws:
     "A sample of images and its bootstrap over prompts."
     def __init__(self,
@@ -45,7 +45,7 @@ class Draws:
         inside = np.stack([np.bincount(self.groups, t, minlength=len(self.prompts)) for t in terms], 1)
         return np.concatenate([inside.sum(0)[None], self.counts @ inside.astype(np.float32)]).T
 
-# %% ../../nbs/reward/41_trust.ipynb #c191c0b8
+# %% ../../nbs/reward/41_trust.ipynb #a0090581
 def interval(
     name: str,           # of the figure
     values: np.ndarray,  # (1 + draws,), the sample's own first
@@ -70,7 +70,7 @@ def _rank_moments(a, b, draws):
     "The same of the ranks in the whole sample, from -.5 to .5."
     return _moments(rankdata(a) / len(a) - .5, rankdata(b) / len(b) - .5, draws)
 
-# %% ../../nbs/reward/41_trust.ipynb #c79983e8
+# %% ../../nbs/reward/41_trust.ipynb #286021ec
 def _known(predicted, rated, *others):
     "Rows that are rated, the first two about the ratings' mean; and that mean."
     known = np.isfinite(np.asarray(rated, float))
@@ -78,7 +78,7 @@ def _known(predicted, rated, *others):
     centre = float(b.mean())
     return a.astype(float) - centre, b.astype(float) - centre, *rest, centre
 
-# %% ../../nbs/reward/41_trust.ipynb #474ef5c8
+# %% ../../nbs/reward/41_trust.ipynb #c36ba3a6
 def correlations(
     predicted,           # (n,)
     rated,               # (n,), NaN where not rated
@@ -120,7 +120,7 @@ def _fold_sd(p, b, prompt_ids, folds):
         if at.sum() >= FEWEST_IN_FOLD: apart.append(_moments(p[at], b[at], Draws(prompt_ids[at], 1))[0][0])
     return float(np.std(apart, ddof=1)) if len(apart) > 1 else math.nan
 
-# %% ../../nbs/reward/41_trust.ipynb #7549ddb5
+# %% ../../nbs/reward/41_trust.ipynb #736e4b21
 def _head_row(predicted, floor, rated, prompt_ids, folds):
     "One head's figures."
     p, b, f, ids, fold, _ = _known(predicted, rated, floor, prompt_ids, folds)
@@ -130,7 +130,7 @@ def _head_row(predicted, floor, rated, prompt_ids, folds):
                 **{f"floor{k[4:]}": below[k] for k in ("plcc", "plcc_low", "plcc_high")},
                 **interval("gain", gain), fold_sd=_fold_sd(p, b, ids, fold), chance=chance(p, b, ids))
 
-# %% ../../nbs/reward/41_trust.ipynb #49e87538
+# %% ../../nbs/reward/41_trust.ipynb #4c383d21
 def heldout_report(
     predicted: pd.DataFrame,  # image x aspect, held out
     floor: pd.DataFrame,      # image x aspect, of the linear floor, held out
@@ -147,7 +147,7 @@ def heldout_report(
     report = pd.DataFrame(rows).T.rename_axis("aspect")
     return report.assign(images=report.images.astype(int), share=report.plcc / report.ceiling)
 
-# %% ../../nbs/reward/41_trust.ipynb #fc8af69a
+# %% ../../nbs/reward/41_trust.ipynb #5aaab4c8
 def with_interval(
     row: pd.Series,  # of a report
     name: str,       # of a figure
@@ -168,7 +168,7 @@ def _shown_row(r):
         "linear floor": with_interval(r, "floor"), "gain on it": with_interval(r, "gain"),
         "ceiling": _or_dash(r.ceiling), "share": _or_dash(r.share)} | weight
 
-# %% ../../nbs/reward/41_trust.ipynb #e98d8446
+# %% ../../nbs/reward/41_trust.ipynb #8cf13dd8
 def show_report(
     report: pd.DataFrame,  # of `heldout_report`
 ) -> pd.DataFrame:         # texts, index aspect
@@ -185,7 +185,7 @@ def _line(predicted, rated, prompt_ids):
     intercept = centre + sb / n - slope * (centre + sa / n)
     return interval("slope", slope) | interval("intercept", intercept) | interval("bias", (sa - sb) / n)
 
-# %% ../../nbs/reward/41_trust.ipynb #d1973fd9
+# %% ../../nbs/reward/41_trust.ipynb #72554d46
 def calibration(
     predicted: pd.DataFrame,  # image x aspect, held out
     rated: pd.DataFrame,      # the same shape, NaN where not rated
@@ -195,7 +195,7 @@ def calibration(
     rows = {name: _line(predicted[name], rated[name], prompt_ids) for name in predicted}
     return pd.DataFrame(rows).T.rename_axis("aspect")
 
-# %% ../../nbs/reward/41_trust.ipynb #134d506c
+# %% ../../nbs/reward/41_trust.ipynb #3b43e0e9
 def reliability(
     predicted,      # (n,), held out
     rated,          # (n,), NaN where not rated
@@ -230,7 +230,7 @@ def fit_uncertainty(
     stretch = np.quantile(np.abs(error) / stated, rank) / Z95
     return stretch * base ** .5, stretch * (factor / unit) ** .5
 
-# %% ../../nbs/reward/41_trust.ipynb #716b5f43
+# %% ../../nbs/reward/41_trust.ipynb #6d518677
 def stated_error(
     base: float,    # of `fit_uncertainty`
     factor: float,  # of `fit_uncertainty`
@@ -248,7 +248,7 @@ def _stated_by_others(error, spread, folds):
         stated[here] = stated_error(*fit_uncertainty(error[~here], spread[~here]), spread[here])
     return stated
 
-# %% ../../nbs/reward/41_trust.ipynb #072d8028
+# %% ../../nbs/reward/41_trust.ipynb #1ca520a7
 def _honesty(error, spread, folds, prompt_ids):
     "One head's row."
     stated, size, sample = _stated_by_others(error, spread, folds), np.abs(error), Draws(prompt_ids)
@@ -259,7 +259,7 @@ def _honesty(error, spread, folds, prompt_ids):
                 **interval("covers_68", covered(stated)), **interval("covers_95", covered(Z95 * stated)),
                 **interval("spread_covers_95", covered(Z95 * spread)), **interval("knows", knows))
 
-# %% ../../nbs/reward/41_trust.ipynb #67d2405c
+# %% ../../nbs/reward/41_trust.ipynb #5f7c3e8f
 def uncertainty_report(
     error: pd.DataFrame,   # image x aspect, predicted less rated, NaN where not rated
     spread: pd.DataFrame,  # image x aspect, of the members
@@ -297,20 +297,20 @@ def _covariances(columns, sample):
     mean = np.stack(first, 1) / n[:, None]                                  # (1 + draws, m)
     return covariance - mean[:, :, None] * mean[:, None]
 
-# %% ../../nbs/reward/41_trust.ipynb #0724f182
+# %% ../../nbs/reward/41_trust.ipynb #9e813dae
 def _partial(covariance, i, j, given):
     "Partial correlation of i and j in every draw: -P_ij / √(P_ii P_jj), P the inverse covariance (Whittaker 1990)."
     at = np.array([i, j, *given])
     precision = np.linalg.pinv(covariance[:, at[:, None], at], hermitian=True)
     return -precision[:, 0, 1] / np.sqrt(np.maximum(precision[:, 0, 0] * precision[:, 1, 1], 1e-24))
 
-# %% ../../nbs/reward/41_trust.ipynb #bceada4c
+# %% ../../nbs/reward/41_trust.ipynb #c1639b6b
 def _overall(C, i, at):
     "Correlation of column i with the sum of the columns at, in every draw."
     variance = C[:, i, i] * C[:, at][:, :, at].sum((1, 2))
     return C[:, i, at].sum(1) / np.sqrt(np.maximum(variance, 1e-12))
 
-# %% ../../nbs/reward/41_trust.ipynb #54d7edf3
+# %% ../../nbs/reward/41_trust.ipynb #c1751ee3
 def _seen_by(C, i, names):
     "What head i sees: its partial correlations with each rating (A,), and its row of the report."
     A = len(names)
@@ -324,14 +324,14 @@ def _seen_by(C, i, names):
                      borrows_from=names[worst], **interval("leak", partial[worst]),
                      **interval("margin", partial[i] - np.abs(partial[worst])))
 
-# %% ../../nbs/reward/41_trust.ipynb #11415442
+# %% ../../nbs/reward/41_trust.ipynb #cae6b302
 FEWEST_WHOLE = 40  # images rated in every aspect, below which nothing is said
 
 def _verdict(row):
     if row.own_partial_low > 0 and row.margin_low > 0: return "its own aspect"
     return "a good image as much as its aspect" if row.overall_low > 0 else "nothing that can be shown"
 
-# %% ../../nbs/reward/41_trust.ipynb #3c51de53
+# %% ../../nbs/reward/41_trust.ipynb #b79e08df
 def leakage(
     predicted: pd.DataFrame,  # image x aspect, held out
     rated: pd.DataFrame,      # the same shape, NaN where not rated
@@ -359,7 +359,7 @@ def _genre_row(predicted, rated, prompt_ids):
     bias = np.divide(*Draws(prompt_ids).sums(error, ones))
     return dict(images=len(rated), **correlations(predicted, rated, prompt_ids), **interval("bias", bias))
 
-# %% ../../nbs/reward/41_trust.ipynb #c9c56272
+# %% ../../nbs/reward/41_trust.ipynb #f3fad814
 def per_genre(
     predicted: pd.DataFrame,  # image x aspect, held out
     rated: pd.DataFrame,      # the same shape, NaN where not rated
@@ -403,7 +403,7 @@ class Trust:
     sees: pd.DataFrame         # of `leakage`; None where too little is rated
     genres: pd.DataFrame       # of `per_genre`
 
-# %% ../../nbs/reward/41_trust.ipynb #309a7a70
+# %% ../../nbs/reward/41_trust.ipynb #7754199f
 def trust(
     predicted: pd.DataFrame,  # image x aspect, held out
     rated: pd.DataFrame,      # the same shape, NaN where not rated
@@ -433,7 +433,7 @@ def _sight(s):
     return {"own | others": with_interval(s, "own_partial"),
             "leak | own": f"{s.borrows_from} {with_interval(s, 'leak')}", "sees": s.sees}
 
-# %% ../../nbs/reward/41_trust.ipynb #9843f600
+# %% ../../nbs/reward/41_trust.ipynb #e8e146c5
 @patch
 def table(self: Trust) -> pd.DataFrame:  # texts, a row per head
     "Calibration, uncertainty and leakage as people read them."
@@ -447,7 +447,7 @@ def __repr__(self: Trust): return self.table().to_string()
 @patch
 def _repr_html_(self: Trust): return self.table().to_html()
 
-# %% ../../nbs/reward/41_trust.ipynb #d44b9e25
+# %% ../../nbs/reward/41_trust.ipynb #21d03d8f
 @patch
 def genre_text(self: Trust) -> str:  # "" where there is only one genre
     "Each head's correlation and bias per genre."
@@ -457,7 +457,7 @@ def genre_text(self: Trust) -> str:  # "" where there is only one genre
     shown.insert(0, "images", self.genres.images.groupby("genre").max().astype(int))
     return f"per genre: PLCC, and what is said too much\n{shown.rename_axis('genre').to_string()}\n\n"
 
-# %% ../../nbs/reward/41_trust.ipynb #974238f2
+# %% ../../nbs/reward/41_trust.ipynb #e2f48372
 def _plain(value):
     if isinstance(value, str): return value
     return float(value) if np.isfinite(value) else None
@@ -466,7 +466,7 @@ def _plain_table(table):
     "Row -> column -> a plain value."
     return {k: {c: _plain(v) for c, v in row.items()} for k, row in table.to_dict("index").items()}
 
-# %% ../../nbs/reward/41_trust.ipynb #75843cc8
+# %% ../../nbs/reward/41_trust.ipynb #95c3aba7
 @patch
 def as_dict(self: Trust) -> dict:
     "For a JSON file; what is not known is None."
