@@ -57,7 +57,7 @@ def _check_design(value, images, raters):
     if len(value) == len(images): raise CannotTell(RATE_TWICE)
     _check_variety(value)
 
-# %% ../../nbs/ratings/35_agreement.ipynb #030b13fb
+# %% ../../nbs/ratings/35_agreement.ipynb #f4a4123d
 def rating_codes(
     tidy: pd.DataFrame,  # (n rows) ratings of one aspect
 ) -> tuple:              # image, rater (n,) as numbers from 0; value (n,); the names of the images, of the raters
@@ -84,7 +84,7 @@ def rater_effects(
     rank = np.linalg.matrix_rank(system, tol=_RANKLESS * len(y))
     return effects - effects.mean(), float(effects @ right), int(rank)
 
-# %% ../../nbs/ratings/35_agreement.ipynb #e0e7d029
+# %% ../../nbs/ratings/35_agreement.ipynb #5f7234cb
 def rater_biases(
     image: np.ndarray,  # (n,) number of the image, from 0
     rater: np.ndarray,  # (n,) number of the rater, from 0
@@ -93,7 +93,7 @@ def rater_biases(
     "How far above the others each rater is, on the same images."
     return rater_effects(image, rater, value - value.mean())[0]
 
-# %% ../../nbs/ratings/35_agreement.ipynb #a552c023
+# %% ../../nbs/ratings/35_agreement.ipynb #fd5e68b9
 _ROUNDING = 1e-12  # a difference below this share of the whole sum of squares is nothing but rounding
 
 def _sums_of_squares(image, rater, y):
@@ -105,7 +105,7 @@ def _sums_of_squares(image, rater, y):
     of_image, of_error = (float(s) if s > _ROUNDING * total else 0. for s in left)
     return float(by_image), float(total - by_image), explained, rank, of_image, of_error
 
-# %% ../../nbs/ratings/35_agreement.ipynb #903d8d81
+# %% ../../nbs/ratings/35_agreement.ipynb #536307de
 def mean_squares(
     tidy: pd.DataFrame,  # ratings of one aspect
 ) -> MeanSquares:
@@ -137,7 +137,7 @@ class Interval:
     high: float
     def __str__(self): return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
-# %% ../../nbs/ratings/35_agreement.ipynb #549c4eb2
+# %% ../../nbs/ratings/35_agreement.ipynb #afede2c9
 def step_up(
     single: float,  # reliability of one rater
     raters: float,  # how many are averaged
@@ -153,7 +153,7 @@ def stepped_up(
     "The Spearman-Brown formula for an estimate and its limits."
     return Interval(*(step_up(v, raters) for v in (single.value, single.low, single.high)))
 
-# %% ../../nbs/ratings/35_agreement.ipynb #002d456e
+# %% ../../nbs/ratings/35_agreement.ipynb #683d3e8e
 def _f_quantiles(df_signal, df_noise, level):
     "The quantiles of F that divide and multiply the ratio for the lower and the upper limit."
     at = (1 + level) / 2
@@ -164,7 +164,7 @@ def _from_ratio(signal, noise, k, f_low, f_high):
     def at(f): return max((signal - f * noise) / (signal + (k - 1) * f * noise), -1.)  # Shrout & Fleiss (1979)
     return Interval(at(1.), at(f_low), at(1 / f_high))                                 # McGraw & Wong (1996), table 7
 
-# %% ../../nbs/ratings/35_agreement.ipynb #b53b2d1b
+# %% ../../nbs/ratings/35_agreement.ipynb #114552c0
 def icc_1(
     ms: MeanSquares,
     level: float = LEVEL,  # of the interval
@@ -194,7 +194,7 @@ def _noise_freedom(ms, value):
     parts = (a * ms.rater) ** 2 / ms.df_rater + (b * ms.error) ** 2 / ms.df_error  # Satterthwaite (1946)
     return max((a * ms.rater + b * ms.error) ** 2 / parts, 1.) if parts > 0 else 1.
 
-# %% ../../nbs/ratings/35_agreement.ipynb #0841126f
+# %% ../../nbs/ratings/35_agreement.ipynb #39c0e442
 def icc_2(
     ms: MeanSquares,
     level: float = LEVEL,  # of the interval
@@ -207,7 +207,7 @@ def icc_2(
     value, low, high = (max(min(v, 1.), -1.) for v in found)
     return Interval(value, min(low, value), max(high, value))
 
-# %% ../../nbs/ratings/35_agreement.ipynb #7f200fd6
+# %% ../../nbs/ratings/35_agreement.ipynb #d77c9eb2
 def intraclass(
     ms: MeanSquares,
     level: float = LEVEL,  # of the intervals
@@ -226,7 +226,7 @@ def _metric(n, level):
     middle = np.cumsum(n) - n / 2  # ordinal: ratings up to the middle of a value, Krippendorff (2011)
     return (middle[:, None] - middle[None]) ** 2
 
-# %% ../../nbs/ratings/35_agreement.ipynb #00adf574
+# %% ../../nbs/ratings/35_agreement.ipynb #71621128
 def _pairable(tidy, level):
     "Per image with two ratings: its disagreement, and the sums from which the expected one follows; and the distances."
     image, _, value, _, _ = rating_codes(tidy)
@@ -243,7 +243,7 @@ def _pairable(tidy, level):
     metric = _metric(table.sum(0), level)
     return np.einsum("ui,ij,uj->u", table, metric, table) / (m - 1), table, metric
 
-# %% ../../nbs/ratings/35_agreement.ipynb #b4022bcb
+# %% ../../nbs/ratings/35_agreement.ipynb #a2786057
 def _alpha(observed, sums, metric):
     "1 - observed / expected disagreement, of one sample or of many (Krippendorff 2011)."
     if metric is None:
@@ -262,7 +262,7 @@ def _bootstrap(kinds, count, draws, seed):
     parts = [rng.multinomial(total, count / total, size=_TOGETHER) @ kinds for _ in range(math.ceil(draws / _TOGETHER))]
     return np.concatenate(parts)
 
-# %% ../../nbs/ratings/35_agreement.ipynb #90bb2b54
+# %% ../../nbs/ratings/35_agreement.ipynb #28e7f7c5
 def krippendorff_alpha(
     tidy: pd.DataFrame,       # ratings of one aspect
     level: str = "interval",  # of the scale: nominal, ordinal or interval
@@ -299,7 +299,7 @@ def squares_within(
     mean = np.bincount(image, value) / np.bincount(image)
     return np.bincount(image, (value - mean[image]) ** 2)
 
-# %% ../../nbs/ratings/35_agreement.ipynb #588ebecc
+# %% ../../nbs/ratings/35_agreement.ipynb #310fad8c
 def _disputed(tidy, false_alarm):
     "The disputed images of one aspect. Raises `CannotTell`."
     image, rater, value, images, _ = rating_codes(tidy)
@@ -311,7 +311,7 @@ def _disputed(tidy, false_alarm):
     found = pd.DataFrame(dict(image_path=images, raters=counts, spread=spread, usual=math.sqrt(usual), p=p))
     return found[found.p < false_alarm]
 
-# %% ../../nbs/ratings/35_agreement.ipynb #428e5768
+# %% ../../nbs/ratings/35_agreement.ipynb #01030b0a
 def disagreement_flags(
     tidy: pd.DataFrame,  # ratings
     false_alarm: float = FALSE_ALARM,  # share of the undisputed images that are flagged by chance
@@ -339,7 +339,7 @@ def verdict(
     if interval.low >= target: return "pass"
     return "fail" if interval.high < target else "unsure"
 
-# %% ../../nbs/ratings/35_agreement.ipynb #9d7d14a5
+# %% ../../nbs/ratings/35_agreement.ipynb #06adc1f3
 def aspect_agreement(
     tidy: pd.DataFrame,      # ratings of one aspect
     target: float = TARGET,  # agreement that the mean of the raters should reach
@@ -361,7 +361,7 @@ def interval_texts(
     "A figure and its interval as text."
     return [str(Interval(*v)) for v in table[[name, f"{name}_low", f"{name}_high"]].values]
 
-# %% ../../nbs/ratings/35_agreement.ipynb #84154aa9
+# %% ../../nbs/ratings/35_agreement.ipynb #720ba599
 @dataclass
 class Agreement:
     "The agreement of a panel; shows itself as a report."
@@ -373,7 +373,7 @@ class Agreement:
 
     def _title(self): return f"Agreement of {self.raters} raters" + (", a SIMULATED panel" if self.simulated else "")
 
-# %% ../../nbs/ratings/35_agreement.ipynb #0b35b0fd
+# %% ../../nbs/ratings/35_agreement.ipynb #9851a469
 @patch
 def shown(self: Agreement) -> pd.DataFrame:
     "The report's table, as text."
@@ -388,7 +388,7 @@ def shown(self: Agreement) -> pd.DataFrame:
         "disputed": [f"{f} ({FALSE_ALARM * n:.0f} by chance)" for f, n in zip(t.flagged, t.images)],
         f"above {self.target:g}?": t.verdict}, index=t.index)
 
-# %% ../../nbs/ratings/35_agreement.ipynb #917465c1
+# %% ../../nbs/ratings/35_agreement.ipynb #97d55a8e
 @patch
 def correlations(self: Agreement) -> pd.DataFrame:
     "All intraclass correlations, as text."
@@ -415,7 +415,7 @@ def _repr_html_(self: Agreement):
         parts.append(f"<p>{_EXPLAIN}.</p>")
     return "".join(parts + [f"<p>{aspect}: {why}</p>" for aspect, why in self.messages.items()])
 
-# %% ../../nbs/ratings/35_agreement.ipynb #df30d9d0
+# %% ../../nbs/ratings/35_agreement.ipynb #8442dd05
 def _pipes(table):
     "A table in markdown, as lines."
     shown = table.reset_index()
