@@ -76,7 +76,7 @@ def figures(self: Queue,
     return dict(done=sum(each), total=self.tasks, each=each, failed=self.add("failed"), seconds=time.time() - began)
 
 # %% ../../nbs/images/15_queue.ipynb #b5a2c95d
-PATIENCE = 120.       # seconds that worker 0 waits for a sign of life, at least
+PATIENCE = 120.        # seconds that worker 0 waits for a sign of life, at least
 _PATIENT_BATCHES = 10  # and as long as so many of its own batches took
 _LOOK_EVERY = .2       # seconds
 
