@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mhrlhf.core.aspects import NAMES
-from mhrlhf import features as features_module
+from mhrlhf.reward import features as features_module, model as model_module, train as train_module
 from mhrlhf.proof.evaluate import choose_judge
 from mhrlhf.reward.features import FeatureCache, Features, extract_arrays
 from mhrlhf.core.files import InputError, read_json, write_csv
@@ -19,10 +19,10 @@ from mhrlhf.images.models import load_backbone
 from mhrlhf.proof.monitor import latest_figures
 from mhrlhf.ratings.simulated import simulated_panel
 from mhrlhf.ratings.store import RatingStore
-from mhrlhf import reward
 from mhrlhf.reward.model import RewardModel, save_model
 from mhrlhf.reward.train import rated_images, run, train
-from mhrlhf.reward.weights import read_choices
+from mhrlhf.reward.heads import KINDS, prompt_folds
+from mhrlhf.reward.weights import combination_weights, read_choices
 from mhrlhf.reward.score import run as run_score
 from mhrlhf.core.settings import EvaluateSettings, ScoreSettings, TrainRewardSettings
 
@@ -83,7 +83,7 @@ def test_a_rating_that_is_missing_touches_only_its_own_head(trained):
     assert np.allclose(fewer[same], complete[same], atol=1e-3) and not np.allclose(fewer["style"], complete["style"], atol=1e-3)
 
 def test_each_head_keeps_what_it_has_earned(trained):
-    assert list(trained.report["head"]) == trained.fit.kinds == trained.model.info["kinds"] and set(trained.fit.kinds) <= set(reward.KINDS)
+    assert list(trained.report["head"]) == trained.fit.kinds == trained.model.info["kinds"] and set(trained.fit.kinds) <= set(KINDS)
     heads, plain = trained.model.heads, trained.model.projection.plain
     for a, kind in enumerate(trained.fit.kinds):
         assert (kind == "hidden") == bool(heads.out[:, a].any()) and (kind == "floor") == (not heads.line[:, a, plain:].any())
@@ -200,13 +200,13 @@ def test_what_is_no_image_or_no_list_of_prompts_is_refused(trained, images, prom
 @pytest.mark.parametrize("how, says", [("style=1,style=3", "each aspect's weight once"), ("charm=1", "no head for charm"), ("style=-1", "none may be negative"), ("style", "write auto, equal")])
 def test_weights_that_cannot_be_are_refused(trained, how, says):
     predicted, rated = trained.predicted, trained.rated
-    with pytest.raises(InputError, match=says): reward.combination_weights(how, trained.report, predicted, rated.overall, rated.prompt_ids)
-    table, source = reward.combination_weights("style=3,spatial=1", trained.report, predicted, rated.overall, rated.prompt_ids)
-    assert source == "set by hand" and table.weight["style"] == .75 and reward.combination_weights("equal", trained.report, predicted, rated.overall, rated.prompt_ids)[0].weight.eq(.2).all()
+    with pytest.raises(InputError, match=says): combination_weights(how, trained.report, predicted, rated.overall, rated.prompt_ids)
+    table, source = combination_weights("style=3,spatial=1", trained.report, predicted, rated.overall, rated.prompt_ids)
+    assert source == "set by hand" and table.weight["style"] == .75 and combination_weights("equal", trained.report, predicted, rated.overall, rated.prompt_ids)[0].weight.eq(.2).all()
 
 def test_one_text_under_two_names_stays_on_one_side_of_the_split():
     features, metadata, tidy = world(); metadata.loc[metadata.prompt_id == "p001", "prompt"] = "prompt 0"
-    rated = rated_images(tidy, metadata); folds = reward.prompt_folds(rated.prompt_ids, 5)
+    rated = rated_images(tidy, metadata); folds = prompt_folds(rated.prompt_ids, 5)
     assert pd.Series(folds).groupby(rated.prompts).nunique().max() == 1 and len(set(rated.prompt_ids)) == 79
 
 def test_two_trainings_into_one_folder_leave_a_whole_model(folder, trained):
@@ -224,7 +224,7 @@ def test_a_remade_image_is_not_saved_by_one_new_rating(tmp_path):
     for rater in ("ann", "bob"): store.add([dict(rater=rater, image_path="a.png", prompt_id="p0", aspect="style", value=5)])
     first = store.history().created_at.iloc[0]
     store.add([dict(rater="bob", image_path="a.png", prompt_id="p0", aspect="style", value=6)])
-    assert reward._oldest_counting(store)["a.png"] == first  # ann has not seen the new one
+    assert train_module._oldest_counting(store)["a.png"] == first  # ann has not seen the new one
 
 @pytest.mark.parametrize("spoil, says", [
     (lambda p: p.write_bytes(p.read_bytes()[:-40]), "damaged"),
@@ -240,12 +240,11 @@ def test_no_model_is_said(tmp_path):
     with pytest.raises(InputError, match="no reward model here; train one first"): load(tmp_path)
 
 def test_a_model_that_could_not_be_written_leaves_the_old_one(folder, trained, monkeypatch):
-    import mhrlhf.reward.readings as reward
-    before, save = load(folder), reward.save_file
+    before, save = load(folder), model_module.save_file
     def full(tensors, path):
         if "fidelity" in str(path): raise OSError("no space left on device")
         save(tensors, path)
-    monkeypatch.setattr(reward, "save_file", full)
+    monkeypatch.setattr(model_module, "save_file", full)
     with pytest.raises(OSError): save_model(trained.model, folder)
     after = load(folder)
     assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
@@ -339,7 +338,7 @@ def test_a_second_training_makes_no_forward_pass(project, monkeypatch):
     quick = replace(SETTINGS, epochs=1, hidden=0, opposites="tiny/huge")
     with chdir(project): run(quick)
     def never(*_): raise AssertionError("a forward pass")
-    monkeypatch.setattr(features_module, "_see", never); monkeypatch.setattr(features_module, "encode_prompts", never); monkeypatch.setattr(reward, "encode_prompts", never)
+    monkeypatch.setattr(features_module, "_see", never); monkeypatch.setattr(features_module, "encode_prompts", never); monkeypatch.setattr(model_module, "encode_prompts", never); monkeypatch.setattr(train_module, "encode_prompts", never)
     with chdir(project): run(quick); run_score(ScoreSettings(files=("data/generated.csv",)))  # what was seen in training is rated without a look
 
 def test_an_evaluation_by_the_heads_rates_as_the_model_does_and_looks_once(project, monkeypatch):
@@ -361,14 +360,14 @@ def test_a_rated_image_put_in_another_ones_place_is_refused_at_the_first_trainin
 
 @pytest.mark.parametrize("setting, says", [(dict(weights="charm=1"), "no head for charm"), (dict(opposites="sharp"), "opposites"), (dict(output="data/generated.csv"), "generated.csv")])
 def test_a_slip_is_told_before_any_image_is_seen(project, monkeypatch, setting, says):
-    monkeypatch.setattr(reward, "load_backbone", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(train_module, "load_backbone", lambda *_: pytest.fail("the work began"))
     with chdir(project), pytest.raises(InputError, match=says): run(replace(SETTINGS, **setting))
 
 def test_a_run_is_followed_live(project, monkeypatch):
     def half_way(rated, features, backbone, settings, ceilings, watch, *_):
         watch(0, torch.tensor([.1] * len(NAMES))); watch(1, torch.tensor([.2] * len(NAMES)))
         seen = latest_figures("outputs"); raise InputError(f"seen {len(seen)} of step {set(seen.step)}: {seen.value.iloc[0]}")
-    monkeypatch.setattr(reward, "train", half_way)
+    monkeypatch.setattr(train_module, "train", half_way)
     with chdir(project), pytest.raises(InputError, match="seen 5 of step .1.: 0.2"): run(SETTINGS)
 
 @pytest.mark.parametrize("arguments, says", [
