@@ -50,7 +50,7 @@ def pooled(
     product = features.image * features.text
     return torch.cat([features.image, features.text, product, product.sum(1, keepdim=True)], 1)
 
-# %% ../../nbs/reward/40_features.ipynb #213aa66d
+# %% ../../nbs/reward/40_features.ipynb #705ef3a5
 RESIZE_MODES = ("shortest", "squash")  # of open_clip: fill the square and crop, or press the picture into it
 
 def input_size(
@@ -60,6 +60,7 @@ def input_size(
     size = backbone.model.visual.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
+# %% ../../nbs/reward/40_features.ipynb #2018ecfe
 def _resize(pixels, height, width, mode):
     "Pixels (n, 3, h, w) in the backbone's size."
     h, w = pixels.shape[-2:]
@@ -93,7 +94,7 @@ def to_pixels(
     planes = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()  # so it is normalised thrice as fast
     return planes / 255
 
-# %% ../../nbs/reward/40_features.ipynb #162f03ad
+# %% ../../nbs/reward/40_features.ipynb #8c0d6416
 RECIPE = 2           # of what follows: another number where features become others
 GRID = 8             # tokens are pooled to at most GRID x GRID
 LAYERS = (.25, 1.)   # depth of the layers whose tokens are kept, as a fraction
@@ -104,6 +105,7 @@ def _depth(visual):
     if hasattr(visual, "transformer"): return len(visual.transformer.resblocks)
     return len(visual.trunk.feature_info) if hasattr(visual, "trunk") else RESNET_LAYERS
 
+# %% ../../nbs/reward/40_features.ipynb #b022ad81
 def _token_maps(visual, x):
     "Embedding (n, d), and the chosen layers' tokens, each (n, h, w, p)."
     depth, transformer = _depth(visual), hasattr(visual, "transformer")
@@ -226,7 +228,7 @@ class FeatureCache:
     def __repr__(self):
         return f"FeatureCache: {len(self.where)} images in {len(self.shards)} shards, {len(self.texts)} texts"
 
-# %% ../../nbs/reward/40_features.ipynb #b1f21867
+# %% ../../nbs/reward/40_features.ipynb #777fe7d0
 @patch
 def _refresh(self: FeatureCache):
     "Read the shards that others or an earlier run have written."
@@ -244,6 +246,7 @@ def _open(self: FeatureCache, path):
         tensors = {k: None if k == "patches" else f.get_tensor(k) for k in f.keys()}
         self._know(path.name, tensors, json.loads(f.metadata()["index"]))
 
+# %% ../../nbs/reward/40_features.ipynb #ef1396b9
 @patch
 def _know(self: FeatureCache, name, tensors, index):
     "Take a shard's tensors and index in."
@@ -270,7 +273,7 @@ def _tensor(self: FeatureCache, name, key):
     if self.shards[name][key] is not None: return self.shards[name][key]
     with safe_open(self.folder / name, "pt") as f: return f.get_tensor(key)
 
-# %% ../../nbs/reward/40_features.ipynb #c909a712
+# %% ../../nbs/reward/40_features.ipynb #9e58ab6e
 KEY_BYTES = 12  # of a content key
 
 def _stamp(path):
@@ -288,6 +291,7 @@ def _key(self: FeatureCache, path, relative, root):
         known = self.stamps[path] = (stamp, _hash(inside(root, relative).read_bytes()))
     return known[1]
 
+# %% ../../nbs/reward/40_features.ipynb #4e86d0a7
 @patch
 def _keys(self: FeatureCache, paths, root):
     "Content key and full path of each file."
@@ -300,7 +304,7 @@ def _keys(self: FeatureCache, paths, root):
     raise_faults(faults)
     return keys, full
 
-# %% ../../nbs/reward/40_features.ipynb #c24a4a62
+# %% ../../nbs/reward/40_features.ipynb #8d9204d8
 def _finite(tensors, paths):
     "Refuse features that are not numbers."
     if all(t.sum(dtype=torch.float).isfinite() for t in tensors.values()): return
@@ -308,6 +312,7 @@ def _finite(tensors, paths):
     why = "its features are not finite numbers; the backbone's weights are damaged or overflow, load another"
     raise_faults([f"{paths[i]}: {why}" for i in bad.nonzero().flatten().tolist()])
 
+# %% ../../nbs/reward/40_features.ipynb #e57450a7
 @patch
 def _keep(self: FeatureCache, found, kept):
     "Write the features of (key, paths) as one shard; the path of an image in memory is empty."
@@ -318,7 +323,7 @@ def _keep(self: FeatureCache, found, kept):
     stamps = [_stamp(p) if p else (0, 0) for p in paths]
     self._write("images", tensors, dict(keys=[k for k, _ in kept], paths=paths, stamps=stamps))
 
-# %% ../../nbs/reward/40_features.ipynb #1cfaa247
+# %% ../../nbs/reward/40_features.ipynb #0139e381
 @patch
 def _compute(self: FeatureCache, todo):
     "Compute and write the features of {key: paths of that content}."
@@ -327,6 +332,7 @@ def _compute(self: FeatureCache, todo):
         faults += self._compute_shard(items[start:start + self.shard], start, len(items))
     raise_faults(faults)
 
+# %% ../../nbs/reward/40_features.ipynb #a141cf60
 @patch
 def _compute_shard(self: FeatureCache, part, before, todo):
     "Compute and write one shard; returns the faults of what could not be read."
@@ -344,7 +350,7 @@ def _compute_shard(self: FeatureCache, part, before, todo):
     if found: self._keep(found, kept)
     return faults
 
-# %% ../../nbs/reward/40_features.ipynb #da0ff252
+# %% ../../nbs/reward/40_features.ipynb #8aecafe4
 SUMMARISED = 256  # images whose patches are summarised at a time
 
 def _run(rows):
@@ -352,6 +358,7 @@ def _run(rows):
     if (np.diff(rows) == 1).all(): return slice(int(rows[0]), int(rows[-1]) + 1)
     return torch.from_numpy(rows)
 
+# %% ../../nbs/reward/40_features.ipynb #496c92c4
 @patch
 def _gather(self: FeatureCache, places, name, summary=None):
     "Rows of shards as one tensor, or what the summary makes of them."
@@ -383,7 +390,7 @@ def _features(self: FeatureCache, keys, prompts, summary):
     places = [self.where[k] for k in keys]
     return Features(self._gather(places, "image"), self.text(prompts), self._gather(places, "patches", summary))
 
-# %% ../../nbs/reward/40_features.ipynb #c89d60d7
+# %% ../../nbs/reward/40_features.ipynb #0839be9b
 @patch
 def get(self: FeatureCache,
     image_paths: list,  # n paths, relative to the root
@@ -400,6 +407,7 @@ def get(self: FeatureCache,
     if todo: self._compute(todo)
     return self._features(keys, prompts, summary)
 
+# %% ../../nbs/reward/40_features.ipynb #f3af4c08
 @patch
 def contents(self: FeatureCache,
     image_paths: list,  # n paths, relative to the root
@@ -408,11 +416,12 @@ def contents(self: FeatureCache,
     "What tells one image's content from another's. Raises `InputError` as `get` does."
     return self._keys(list(map(str, image_paths)), str(root))[0]
 
-# %% ../../nbs/reward/40_features.ipynb #466bd05d
+# %% ../../nbs/reward/40_features.ipynb #e1bfc6d4
 def _pixel_key(array):
     "Content key of an image in memory."
     return "pixels-" + _hash(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
 
+# %% ../../nbs/reward/40_features.ipynb #a1c9ddaa
 @patch
 def get_arrays(self: FeatureCache,
     arrays,          # n images (h, w, 3) uint8 in memory

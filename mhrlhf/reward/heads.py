@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from ..core.files import fingerprint
 from ..core.settings import TrainRewardSettings
 
-# %% ../../nbs/reward/43_heads.ipynb #5514275d
+# %% ../../nbs/reward/43_heads.ipynb #3d61e142
 class Heads(nn.Module):
     "E members x A aspects, each a line plus a hidden layer."
     def __init__(self,
@@ -42,11 +42,12 @@ class Heads(nn.Module):
         self.shift = nn.Parameter(torch.zeros(members, A, hidden))
         self.out = nn.Parameter(torch.zeros(members, A, hidden))
 
+# %% ../../nbs/reward/43_heads.ipynb #57a97c5a
 def _drawn(seed, aspect, *shape):
     "Normal numbers that an aspect's name decides."
     return torch.randn(*shape, generator=torch.Generator().manual_seed(int(fingerprint(seed, aspect)[:12], 16)))
 
-# %% ../../nbs/reward/43_heads.ipynb #8a254449
+# %% ../../nbs/reward/43_heads.ipynb #9caf308f
 @patch
 def lines(self: Heads,
     x: torch.Tensor,  # (n, p)
@@ -54,6 +55,7 @@ def lines(self: Heads,
     "What the lines alone say."
     return torch.einsum("np,eap->ean", x, self.line) + self.bias[..., None]
 
+# %% ../../nbs/reward/43_heads.ipynb #9c28fcf3
 @patch
 def forward(self: Heads,
     x: torch.Tensor,  # (n, p)
@@ -95,7 +97,7 @@ def prompt_folds(
     unique, where = np.unique(np.asarray(prompt_ids), return_inverse=True)
     return (np.random.default_rng(seed).permutation(len(unique)) % folds)[where]
 
-# %% ../../nbs/reward/43_heads.ipynb #870ecb3d
+# %% ../../nbs/reward/43_heads.ipynb #c80721b0
 PENALTIES = tuple(10. ** k for k in np.arange(-3, 3.1, .5))  # times an input's mean variance and the number of rows
 
 def alike(
@@ -106,6 +108,7 @@ def alike(
     for a in range(weight.shape[1]): groups.setdefault(weight[:, a].numpy().tobytes(), []).append(a)
     return list(groups.values())
 
+# %% ../../nbs/reward/43_heads.ipynb #d12b2044
 def normal_equations(
     x: torch.Tensor,       # (n, p), with a column of ones at the end
     y: torch.Tensor,       # (n, k)
@@ -122,7 +125,7 @@ def normal_equations(
     gram, right = torch.stack(gram), torch.stack(right)
     return gram.sum(0) - gram, right.sum(0) - right
 
-# %% ../../nbs/reward/43_heads.ipynb #54f453f5
+# %% ../../nbs/reward/43_heads.ipynb #59b627ea
 FREE = 1e-9  # share of the penalty that the bias pays: as good as none, and the matrix stays definite
 
 def penalised(
@@ -136,6 +139,7 @@ def penalised(
     size[..., -1] *= FREE
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram + torch.diag_embed(penalty * size))).float().mT
 
+# %% ../../nbs/reward/43_heads.ipynb #0e64ec18
 def ridge(
     x: torch.Tensor,       # (n, p)
     y: torch.Tensor,       # (n, A), any number where not rated
@@ -152,7 +156,7 @@ def ridge(
     for e in range(E): heldout[:, :, folds == e] = lines[:, e] @ x[folds == e].T
     return lines, heldout
 
-# %% ../../nbs/reward/43_heads.ipynb #e2b99a79
+# %% ../../nbs/reward/43_heads.ipynb #2135f730
 def heldout_error(
     predictions: torch.Tensor,  # (..., A, n)
     y: torch.Tensor,            # (n, A)
@@ -164,12 +168,14 @@ def heldout_error(
     inside = F.one_hot(folds.long()).float()  # (n, E)
     return (error @ inside).transpose(-1, -2) / (weight.T @ inside).T.clamp(min=1e-6)
 
+# %% ../../nbs/reward/43_heads.ipynb #26d01351
 def without_own(
     error: torch.Tensor,  # (L, E, ...) by fold
 ) -> torch.Tensor:        # (L, E, ...)
     "Mean error of the other folds."
     return (error.sum(1, keepdim=True) - error) / (error.shape[1] - 1)
 
+# %% ../../nbs/reward/43_heads.ipynb #41f9c8aa
 def fit_lines(
     x: torch.Tensor,       # (n, p)
     y: torch.Tensor,       # (n, A), any number where not rated
@@ -184,7 +190,7 @@ def fit_lines(
     best = error.mean(1).argmin(0)         # (A,), for the model
     return lines[best, :, aspects].transpose(0, 1), predictions, best
 
-# %% ../../nbs/reward/43_heads.ipynb #471a0859
+# %% ../../nbs/reward/43_heads.ipynb #5fa940f9
 FEWEST_FOLDS = 4  # with fewer, leaving out two leaves too little
 
 def unseen_spread(
@@ -201,6 +207,7 @@ def unseen_spread(
     for e in range(E): spread[:, folds == e] = said[e].std(1) * (E - 2) / (E - 1)
     return spread
 
+# %% ../../nbs/reward/43_heads.ipynb #700e4285
 def _said_by_pairs(x, y, weight, folds, best):
     "For each fold (A, E - 1, its images): what lines say that have seen neither it nor one of the others."
     E, A = int(folds.max()) + 1, y.shape[1]

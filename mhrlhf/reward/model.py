@@ -80,7 +80,7 @@ def composite(self: RewardModel,
     if not temperature: return z @ self.weights
     return -temperature * (self.weights.log() - z / temperature).logsumexp(-1)
 
-# %% ../../nbs/reward/45_model.ipynb #0c429bb6
+# %% ../../nbs/reward/45_model.ipynb #a8eb1a00
 @patch
 def _encode(self: RewardModel, prompts):
     "Text embeddings, each text encoded once."
@@ -89,6 +89,7 @@ def _encode(self: RewardModel, prompts):
         self._texts.update(zip(new, text))
     return torch.stack([self._texts[p] for p in prompts])
 
+# %% ../../nbs/reward/45_model.ipynb #fc9f662f
 @patch
 def forward_pixels(self: RewardModel,
     pixels: torch.Tensor,  # (n, 3, h, w) in [0, 1]
@@ -116,7 +117,7 @@ def table(self: RewardModel, features: Features) -> pd.DataFrame:  # n rows
     for aspect, e in zip(self.aspects, error.T.cpu().numpy()): columns[f"{aspect}_uncertainty"] = e
     return pd.DataFrame(columns | dict(composite=self.composite(mean).cpu().numpy()))
 
-# %% ../../nbs/reward/45_model.ipynb #0ba1676e
+# %% ../../nbs/reward/45_model.ipynb #db0fb931
 def _as_arrays(images, prompts):
     "Images as arrays (h, w, 3) uint8. Raises `InputError` for what is none."
     arrays = [np.asarray(i.convert("RGB") if hasattr(i, "convert") else i) for i in images]
@@ -130,6 +131,7 @@ def _as_arrays(images, prompts):
                          "tensors go to forward_pixels")
     return arrays
 
+# %% ../../nbs/reward/45_model.ipynb #b74b4941
 @patch
 def score(self: RewardModel,
     images,           # n arrays (h, w, 3) uint8 or PIL images, of any sizes
@@ -143,13 +145,14 @@ def score(self: RewardModel,
         parts.append(self.table(extract_arrays(self.backbone, arrays[i:i + batch], text[i:i + batch])))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/reward/45_model.ipynb #a74c96f2
+# %% ../../nbs/reward/45_model.ipynb #912bb746
 def _parts_of(model):
     "The tensors of each file."
     parts = {"projection": dict(model.projection.named_buffers())}
     for i, a in enumerate(model.aspects): parts[a] = {k: p[:, i].detach() for k, p in model.heads.named_parameters()}
     return {name: {k: v.cpu().contiguous().clone() for k, v in tensors.items()} for name, tensors in parts.items()}
 
+# %% ../../nbs/reward/45_model.ipynb #bc8224dd
 def _save(model, folder):
     "Write a new version beside the old, then let the JSON name it, then remove the old."
     version, files = f"heads-{fingerprint(time.time_ns(), os.getpid())[:8]}", {}
@@ -162,6 +165,7 @@ def _save(model, folder):
         if old.name != version: shutil.rmtree(old, ignore_errors=True)
     return [folder / "reward_model.json", *(folder / f["file"] for f in files.values())]
 
+# %% ../../nbs/reward/45_model.ipynb #b9ad62f6
 def save_model(
     model: RewardModel,
     folder,  # where the model will be
@@ -187,7 +191,7 @@ def _read(folder, entry):
     if hashlib.sha256(content).hexdigest() == entry["sha256"]: return tensors
     raise InputError(f"{path}: not the file that reward_model.json describes (checksum differs); {RESTORE}")
 
-# %% ../../nbs/reward/45_model.ipynb #575276fa
+# %% ../../nbs/reward/45_model.ipynb #adfdfcb2
 NEEDED = ("aspects", "backbone", "backbone_identity", "hidden", "files", *NUMBERS)  # in every description
 
 def _check_for_us(folder, info, aspects):
@@ -199,6 +203,7 @@ def _check_for_us(folder, info, aspects):
         raise InputError(f"{folder}: this reward model rates {', '.join(other)}, but the aspects here are "
                          f"{', '.join(aspects)}; use a model made for these or {TRAIN_AGAIN}")
 
+# %% ../../nbs/reward/45_model.ipynb #4b0e42f2
 def _is_sound(name, values, size):
     "Whether these are finite numbers, one per aspect, and not negative where that cannot be."
     try: v = np.asarray(values, float)
@@ -206,6 +211,7 @@ def _is_sound(name, values, size):
     may_be_negative = name in ("rating_mean", "mean")
     return v.shape == (size,) and np.isfinite(v).all() and (may_be_negative or (v >= 0).all())
 
+# %% ../../nbs/reward/45_model.ipynb #edc154e0
 def _damage(info):
     "What is wrong with a description; None if it is sound."
     if missing := [k for k in NEEDED if k not in info]: return f"{', '.join(missing)} not in it"
@@ -217,7 +223,7 @@ def _damage(info):
     coldest = info.get("soft_minimum", 0)
     return None if 0 <= coldest < math.inf else f"soft_minimum = {coldest} must be 0 or above"
 
-# %% ../../nbs/reward/45_model.ipynb #40c3c111
+# %% ../../nbs/reward/45_model.ipynb #37627031
 def _description(folder, aspects):
     "What `reward_model.json` says of a model for these aspects, checked."
     path = Path(folder) / "reward_model.json"
@@ -228,6 +234,7 @@ def _description(folder, aspects):
     if why := _damage(info): raise InputError(f"{path}: damaged, {why}; {RESTORE}")
     return info
 
+# %% ../../nbs/reward/45_model.ipynb #435f358e
 def _tensors(folder, info, aspects):
     "The description, the heads' tensors and the projection's."
     files = info["files"]
@@ -237,7 +244,7 @@ def _tensors(folder, info, aspects):
         if now["files"] == files: raise
     return _tensors(folder, now, aspects)
 
-# %% ../../nbs/reward/45_model.ipynb #4dd63c57
+# %% ../../nbs/reward/45_model.ipynb #8cc020cb
 def _stack(folder, info, parts):
     "Heads of the files' tensors. Raises `InputError` if they do not fit together."
     try:
@@ -249,6 +256,7 @@ def _stack(folder, info, parts):
         raise InputError(f"{folder}: {why}; restore the folder or {TRAIN_AGAIN}") from None
     return heads
 
+# %% ../../nbs/reward/45_model.ipynb #aecafa98
 @patch(cls_method=True)
 def load(cls: RewardModel,
     folder,                 # of `save_model`

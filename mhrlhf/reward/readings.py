@@ -132,7 +132,7 @@ def opposite_axes(
     def mean_text(phrase): return encode([f"{p}, {phrase}" for p in some]).float().mean(0)
     return F.normalize(torch.stack([mean_text(a) - mean_text(b) for a, b in opposites], 1), dim=0).cpu()
 
-# %% ../../nbs/reward/42_readings.ipynb #54dc4b5d
+# %% ../../nbs/reward/42_readings.ipynb #19216d28
 SHARPNESS = (5., 20., 60.)  # factors of the cosine in the search for the own prompt
 SAME_TEXT = .9999  # cosine of two texts from which on they are one
 NEVER = -100.      # a cosine that no pair has: takes a text out of the search
@@ -147,6 +147,7 @@ def own_prompt(
     found = [s * own - torch.logaddexp(s * own, (s * others).logsumexp(1)) for s in SHARPNESS]
     return torch.stack(found, 1)
 
+# %% ../../nbs/reward/42_readings.ipynb #5e980538
 def readings(
     features: Features,     # of n images
     axes: torch.Tensor,     # (d, pairs)
@@ -155,7 +156,7 @@ def readings(
     "Where each image lies between the opposites, and how surely its own prompt is found."
     return torch.cat([features.image.to(axes) @ axes, own_prompt(features, anchors)], 1)
 
-# %% ../../nbs/reward/42_readings.ipynb #c8b03bf1
+# %% ../../nbs/reward/42_readings.ipynb #6ab5a3be
 BUMPS = torch.linspace(-2, 2, 9)  # centres, in standard deviations of a reading
 BUMP_WIDTH = .5  # in standard deviations of a reading
 LANDMARK_WIDTH = .6  # of a landmark's neighbourhood, in standard deviations of a layout's number
@@ -166,6 +167,7 @@ def bumps(
     "How near each number is to each of the bumps."
     return (-(z[..., None] - BUMPS.to(z)).pow(2) / (2 * BUMP_WIDTH ** 2)).exp().flatten(1)
 
+# %% ../../nbs/reward/42_readings.ipynb #2742b758
 def near(
     a: torch.Tensor,          # (n, k), standardised
     landmarks: torch.Tensor,  # (m, k), standardised
@@ -200,7 +202,7 @@ class Projection(nn.Module):
     def forward(self, features: Features) -> torch.Tensor:  # (n, inputs)
         return torch.cat(list(self.views(features).values()), 1) * self.scale
 
-# %% ../../nbs/reward/42_readings.ipynb #8761d150
+# %% ../../nbs/reward/42_readings.ipynb #cb6a0541
 ANCHORS = 512  # other prompts, at most
 LEAST = 1e-6   # spread of a number that never changes
 
@@ -215,13 +217,14 @@ def _landmarks(where, count):
     rows = torch.linspace(0, len(where) - 1, min(count, len(where))).long()
     return dict(layout_mean=mean, layout_std=spread, landmarks=((where - mean) / spread)[rows])
 
+# %% ../../nbs/reward/42_readings.ipynb #7ef95c38
 def _anchors(features, axes):
     "The axes, the prompts of these images, and the scale of what is read between them."
     anchors = torch.unique(features.text.float(), dim=0)[:ANCHORS]
     read = readings(features, axes, anchors)
     return dict(axes=axes, anchors=anchors, readings_mean=read.mean(0), readings_std=read.std(0).clamp(min=LEAST))
 
-# %% ../../nbs/reward/42_readings.ipynb #4b126b09
+# %% ../../nbs/reward/42_readings.ipynb #23e19adf
 # variance of each view: a quarter where the others say most of it better
 VIEWS = dict(pooled=.25, statistics=1., ground=1., layout=.25, readings=1.)
 
@@ -236,6 +239,7 @@ def _balance(projection, features, variance):
         scales.append((VIEWS[name] / size).sqrt().expand(part.shape[1]))
     projection.scale = torch.cat(scales) * variance ** .5
 
+# %% ../../nbs/reward/42_readings.ipynb #ce069d98
 def fit_projection(
     features: Features,
     axes: torch.Tensor = None,  # see `opposite_axes`; None: no readings

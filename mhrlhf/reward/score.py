@@ -20,7 +20,7 @@ from .features import FeatureCache
 from .model import RewardModel
 from .readings import summary
 
-# %% ../../nbs/reward/47_score.ipynb #b6a8beae
+# %% ../../nbs/reward/47_score.ipynb #56299cce
 @dataclass(frozen=True)
 class Item:
     "An image and the text it is rated for."
@@ -28,6 +28,7 @@ class Item:
     prompt: str
     file: Path       # where it lies
 
+# %% ../../nbs/reward/47_score.ipynb #653ee11e
 def kept_prompt(
     path,     # image file
 ) -> str:     # "" where none is kept
@@ -37,7 +38,7 @@ def kept_prompt(
     except (OSError, ValueError, AttributeError, Image.DecompressionBombError):
         return ""  # not readable: that is told when it is read
 
-# %% ../../nbs/reward/47_score.ipynb #431335cc
+# %% ../../nbs/reward/47_score.ipynb #8f0bacea
 def _of_row(row):
     "The item of a row of a CSV. Raises `InputError` for what cannot be rated."
     try: file = inside(".", row["image_path"])
@@ -46,6 +47,7 @@ def _of_row(row):
     if file.is_file(): return Item(row["image_path"], row["prompt"], file)
     raise InputError(row.fault("image_path", "no such image; paths are relative to the folder you are in"))
 
+# %% ../../nbs/reward/47_score.ipynb #d397bfca
 def _of_table(path, faults):
     "The items of a CSV."
     items = []
@@ -113,12 +115,13 @@ def show_scores(
     for a in aspects: columns[a] = [f"{v:.1f} ± {u:.1f}" for v, u in zip(order[a], order[f"{a}_uncertainty"])]
     return pd.DataFrame(columns | {"composite": order.composite.map("{:+.2f}".format).values})
 
-# %% ../../nbs/reward/47_score.ipynb #8a3e0ab1
+# %% ../../nbs/reward/47_score.ipynb #57ee05af
 def _check_output(path):
     "Refuse a place that cannot be written to."
     with plain_faults(): Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).is_dir(): raise InputError(f"{path}: is a folder; name the CSV file to write")
 
+# %% ../../nbs/reward/47_score.ipynb #1ed9ddf6
 def _say(scores, model, output):
     "The table in the terminal."
     shown = show_scores(scores, model.aspects)
@@ -129,6 +132,7 @@ def _say(scores, model, output):
     if len(shown) < len(scores): print(f"({len(shown) // 2} best and worst of {len(scores)})")
     print(f"\n{output}")
 
+# %% ../../nbs/reward/47_score.ipynb #6748002c
 def run(
     settings: ScoreSettings,
 ):

@@ -69,7 +69,7 @@ def _why_not(rated, prompts, folds):
                 "rate images of different quality")
     return ""
 
-# %% ../../nbs/reward/46_train.ipynb #c72e7c72
+# %% ../../nbs/reward/46_train.ipynb #9abeffda
 NAMED = 3  # images that a message names
 
 @dataclass
@@ -87,6 +87,7 @@ class Rated:
 
     def __len__(self): return len(self.paths)
 
+# %% ../../nbs/reward/46_train.ipynb #71d818a4
 def _described(tidy, metadata):
     "Metadata of the rated images, by path. Raises `InputError` if an image is unknown."
     known = metadata.drop_duplicates("image_path").set_index("image_path")
@@ -132,7 +133,7 @@ class Trained:
 
     def _repr_html_(self): return show_report(self.report).to_html()
 
-# %% ../../nbs/reward/46_train.ipynb #4cf1389f
+# %% ../../nbs/reward/46_train.ipynb #eed77ab5
 def _check_features(features, backbone, cache):
     "Refuse features that are not numbers."
     if all(t.isfinite().all() for t in (features.image, features.text, features.patches)): return
@@ -144,6 +145,7 @@ def _axes(settings, prompts, encode):
     pairs = opposite_pairs(settings.opposites)
     return opposite_axes(encode, list(prompts), pairs) if pairs else None
 
+# %% ../../nbs/reward/46_train.ipynb #f0ca6d2b
 def _fit(rated, features, projection, folds, settings, watch):
     "Heads for standardised ratings."
     ratings = rated.ratings
@@ -153,6 +155,7 @@ def _fit(rated, features, projection, folds, settings, watch):
     return fit_heads(projection(features), projection.plain, y, weight, torch.from_numpy(folds), groups,
                      list(ratings), settings, watch)
 
+# %% ../../nbs/reward/46_train.ipynb #56d58261
 def _in_rating_units(fit, ratings):
     "Held-out predictions, those of the floor, and the spread of the lines: each image x aspect."
     def table(t): return pd.DataFrame(t.T.numpy(), ratings.index, list(ratings))
@@ -200,7 +203,7 @@ def train(
     model = RewardModel(backbone, projection, fit.heads, info)
     return Trained(model, rated, predicted, report.join(weights), source, fit, known)
 
-# %% ../../nbs/reward/46_train.ipynb #453dc245
+# %% ../../nbs/reward/46_train.ipynb #c6395b03
 def _scatter_title(aspect, r):
     return f"{aspect}: {r.plcc:.2f} [{r.plcc_low:.2f}, {r.plcc_high:.2f}], ceiling {r.ceiling:.2f}"
 
@@ -209,6 +212,7 @@ def _slope_title(aspect, r): return f"{aspect}: slope {r.slope:.2f} [{r.slope_lo
 MATRICES = dict(ratings="ratings with ratings", predictions="predictions with predictions",
                 crossed="predictions (rows) with ratings", partial="partial: own | others, other | own")
 
+# %% ../../nbs/reward/46_train.ipynb #4b481640
 def pictures(trained: Trained) -> dict:  # name -> figure
     "All pictures of a report, except the images themselves."
     report, known, predicted, rated = trained.report, trained.trust, trained.predicted, trained.rated.ratings
@@ -220,13 +224,14 @@ def pictures(trained: Trained) -> dict:  # name -> figure
                 reliability=reliability_per_aspect(known.reliability, slopes),
                 aspects=heat_maps({MATRICES[k]: m for k, m in known.matrices.items()}))
 
-# %% ../../nbs/reward/46_train.ipynb #28b2dae1
+# %% ../../nbs/reward/46_train.ipynb #3adbab59
 THUMBNAIL = 96  # pixels, both ways
 
 def _thumbnail(path):
     picture = Image.fromarray(read_image(path))
     return np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
 
+# %% ../../nbs/reward/46_train.ipynb #ca26569a
 def extreme_pictures(
     trained: Trained,
     count: int = 3,  # of each kind
@@ -240,7 +245,7 @@ def extreme_pictures(
     titles = [kind for kind in EXTREMES for _ in range(count)]
     return picture_grid(rows, list(predicted), titles, captions=captions)
 
-# %% ../../nbs/reward/46_train.ipynb #2e6c8e5d
+# %% ../../nbs/reward/46_train.ipynb #a570f342
 def _write_metrics(trained, path, data, extra):
     "All figures of a report as JSON."
     aspects = json.loads(trained.report.to_json(orient="index"))
@@ -248,6 +253,7 @@ def _write_metrics(trained, path, data, extra):
                           epoch=trained.fit.epoch, data=data, **trained.trust.as_dict(), **extra))
     return path
 
+# %% ../../nbs/reward/46_train.ipynb #157626d3
 def _write_heldout(trained, path):
     "A row per image: predicted, rated, content."
     rated = trained.rated
@@ -256,6 +262,7 @@ def _write_heldout(trained, path):
     with atomic_path(path) as p: heldout.round(4).to_csv(p, index_label="image_path")
     return path
 
+# %% ../../nbs/reward/46_train.ipynb #78c366d6
 def write_results(
     trained: Trained,
     settings: TrainRewardSettings,
@@ -272,7 +279,7 @@ def write_results(
               _write_heldout(trained, folder / "heldout.csv")]
     return files + [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
-# %% ../../nbs/reward/46_train.ipynb #21dde98a
+# %% ../../nbs/reward/46_train.ipynb #90d2371a
 def _time(values): return pd.to_datetime(values, errors="coerce", utc=True, format="ISO8601")
 
 def _other_content(rated, contents, heldout):
@@ -283,6 +290,7 @@ def _other_content(rated, contents, heldout):
     before, trained = last.content.reindex(rated.index), pd.Timestamp(os.stat(heldout).st_mtime, unit="s", tz="UTC")
     return rated.index[before.notna() & (before != contents.reindex(rated.index)) & (rated < trained)]
 
+# %% ../../nbs/reward/46_train.ipynb #6d7eb131
 def changed_images(
     rated_at: pd.Series,   # image -> time of its oldest rating that counts
     made_at: pd.Series,    # image -> time at which it was made, from the metadata
@@ -300,7 +308,7 @@ def changed_images(
     remedy = "rate it again (mhrlhf annotate), or put the rated image back"
     return [f"{p}: {why}; {remedy}" for p, why in faults.items()]
 
-# %% ../../nbs/reward/46_train.ipynb #64fb2a6a
+# %% ../../nbs/reward/46_train.ipynb #a49209ae
 def oldest_counting(
     store: RatingStore,
 ) -> pd.Series:  # image -> time
@@ -310,6 +318,7 @@ def oldest_counting(
     newest = entries.drop_duplicates(["rater", "image_path", "aspect"], keep="last")
     return newest[newest.value.notna()].groupby("image_path").created_at.min()
 
+# %% ../../nbs/reward/46_train.ipynb #c3dfc16e
 def _refuse_changed(store, metadata, rated, output):
     "Raise one `InputError` that names all images that are not the ones that were rated."
     made = metadata.drop_duplicates("image_path").set_index("image_path").reindex(rated.paths)
@@ -318,7 +327,7 @@ def _refuse_changed(store, metadata, rated, output):
     at = oldest_counting(store)[rated.paths]
     raise_faults(changed_images(at, made.created_at, contents, other_size, Path(output) / "heldout.csv"))
 
-# %% ../../nbs/reward/46_train.ipynb #8307b63a
+# %% ../../nbs/reward/46_train.ipynb #9d24efd7
 def _read(settings):
     "Store, ratings, metadata, rated images and choices, checked against the settings."
     with plain_faults(): Path(settings.output).mkdir(parents=True, exist_ok=True)  # a place that cannot be written to
@@ -332,6 +341,7 @@ def _read(settings):
     if settings.weights not in ("auto", "equal"): weights_by_hand(settings.weights, list(rated.ratings))
     return store, tidy, metadata, rated, choices
 
+# %% ../../nbs/reward/46_train.ipynb #fb220964
 def _see_all(rated, backbone, settings):
     "Features of all rated images, with progress; and what encodes texts."
     start = time.time()
@@ -344,7 +354,7 @@ def _see_all(rated, backbone, settings):
     print(f"features of {len(rated)} images: {cache.computed} computed, the others kept in {cache.folder}")
     return features, cache.text
 
-# %% ../../nbs/reward/46_train.ipynb #a5fd8bd0
+# %% ../../nbs/reward/46_train.ipynb #828a3b4c
 SHOWN = 10  # epochs between two lines on the screen
 
 @contextmanager
@@ -356,6 +366,7 @@ def tracked(folder):
     try: yield Path(folder) / tracker.run_name, tracker
     finally: tracker.finish()
 
+# %% ../../nbs/reward/46_train.ipynb #8eaecb60
 def _watcher(tracker, aspects):
     "Logs every epoch's explained share per head, and prints some of them."
     def watch(epoch, scores):
@@ -365,7 +376,7 @@ def _watcher(tracker, aspects):
         print(f"\repoch {epoch}: explained share on held-out prompts {mean} ", end="", flush=True)
     return watch
 
-# %% ../../nbs/reward/46_train.ipynb #c911d2c8
+# %% ../../nbs/reward/46_train.ipynb #4a9b0686
 def ceilings_of(
     tidy: pd.DataFrame,  # ratings
 ) -> dict:               # aspect -> √ICC(2,k), where it is known
@@ -373,6 +384,7 @@ def ceilings_of(
     table = agreement(tidy[tidy.aspect != "overall"]).table
     return {a: float(c) for a, c in table.ceiling.items() if pd.notna(c)}
 
+# %% ../../nbs/reward/46_train.ipynb #59186af7
 def _say_ratings(rated, tidy):
     raters = f"{'SIMULATED ' if is_simulated(tidy) else ''}raters"
     print(f"{len(rated)} images of {len(set(rated.prompt_ids))} prompts, "
