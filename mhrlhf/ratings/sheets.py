@@ -212,7 +212,7 @@ def import_sheet(
     tidy, faults = read_ratings_csv(path, images, rater)
     return store.add_new(tidy, read_remarks_csv(path, images, rater), "csv"), faults
 
-# %% ../../nbs/ratings/31_sheets.ipynb #a0780edc
+# %% ../../nbs/ratings/31_sheets.ipynb #ad47f8e1
 def write_ratings_csv(
     path,                # CSV to write
     store: RatingStore,  # what goes out
@@ -221,9 +221,8 @@ def write_ratings_csv(
     columns = [*SHEET_COLUMNS[:-1], "skip", SHEET_COLUMNS[-1]]
     tidy, remarks = store.ratings(overall=True), store.remarks()
     column = tidy.aspect.map(dict(zip(NAMES, COLUMNS)) | {OVERALL: "overall_rating"})
-    value = tidy.value.map(str).str.removesuffix(".0")
-    answers, texts = tidy.assign(column=column, value=value), remarks.assign(column=remarks.kind, value=remarks.text)
-    said = pd.concat([answers, texts])
+    answers = tidy.assign(column=column, value=tidy.value.map(str).str.removesuffix(".0"))
+    said = pd.concat([answers, remarks.assign(column=remarks.kind, value=remarks.text)])
     wide = said.pivot(index=["prompt_id", "image_path", "rater"], columns="column", values="value").reset_index()
     wide = wide.reindex(columns=columns, fill_value="").fillna("")
     with atomic_path(path) as p: wide.to_csv(p, index=False)
