@@ -44,7 +44,7 @@ def completeness(
                      f"to go to {ENOUGH}": max(ENOUGH - len(raters), 0)})
     return pd.DataFrame(rows).set_index("aspect")
 
-# %% ../../nbs/ratings/39_annotate.ipynb #1191a2a9
+# %% ../../nbs/ratings/39_annotate.ipynb #06c84af8
 def _open_pocket_image(path):
     try:
         with Image.open(path) as image: image = image.convert("RGB")
@@ -57,6 +57,7 @@ def _open_pocket_image(path):
                          f"a simulated panel can only rate the pocket's images ({SIZE} × {SIZE})")
     return image
 
+# %% ../../nbs/ratings/39_annotate.ipynb #2e4b61f0
 def judged_truth(
     images: pd.DataFrame,  # with image_path and prompt
 ) -> pd.DataFrame:         # image_path × aspect, 0-10
@@ -83,12 +84,13 @@ def noise_for(
     error = truth.var(ddof=1).to_numpy() * (1 - icc) / icc
     return np.sqrt(np.maximum(error - bias ** 2 - 1 / 12, _LEAST_VARIANCE))
 
-# %% ../../nbs/ratings/39_annotate.ipynb #8f95e468
+# %% ../../nbs/ratings/39_annotate.ipynb #d2c910e0
 def _without_rated(panel, there):
     "The ratings by those who have not rated an image yet."
     who = ["rater", "image_path"]
     return panel[~pd.MultiIndex.from_frame(panel[who]).isin(pd.MultiIndex.from_frame(there[who]))]
 
+# %% ../../nbs/ratings/39_annotate.ipynb #333dc02a
 def _simulate(store, images, count, icc, seed):
     "Let `count` simulated raters rate what they have not rated; says so."
     there = store.ratings()
@@ -103,12 +105,13 @@ def _simulate(store, images, count, icc, seed):
     print(f"SIMULATED panel of {count} raters (single-rater agreement about {icc:g}, truth from the judge): "
           f"{len(new):,} ratings stored")
 
-# %% ../../nbs/ratings/39_annotate.ipynb #412b7614
+# %% ../../nbs/ratings/39_annotate.ipynb #c925472a
 def _points(row, column):
     "How many points a cell tells; NaN where it is empty."
     try: return float(row[column] or "nan")
     except ValueError: raise InputError(row.fault(column, "a number of rating points is needed")) from None
 
+# %% ../../nbs/ratings/39_annotate.ipynb #b979114d
 def read_uncertainty(
     path,           # CSV with image_path and a column <aspect>_uncertainty or <aspect> each, in rating points
 ) -> pd.DataFrame:  # image_path × aspect, NaN where empty
@@ -121,13 +124,14 @@ def read_uncertainty(
     found = {row["image_path"]: {name: _points(row, c) for name, c in columns.items()} for row in rows}
     return pd.DataFrame.from_dict(found, orient="index")
 
-# %% ../../nbs/ratings/39_annotate.ipynb #e69a7f69
+# %% ../../nbs/ratings/39_annotate.ipynb #25b1f49b
 def assignment_path(
-    settings: AnnotateSettings,
+    settings: AnnotateSettings,  # `assignment`, or else the sheet's folder, says it
 ) -> Path:  # CSV
     "Where it stands who rates what."
     return Path(settings.assignment) if settings.assignment else settings.annotations.with_name("assignment.csv")
 
+# %% ../../nbs/ratings/39_annotate.ipynb #a7e14117
 def _shared(settings, images, tidy, before):
     "Who rates what from now on: what was asked for before, and what is missing."
     raters = parse_raters(settings.raters)
@@ -137,6 +141,7 @@ def _shared(settings, images, tidy, before):
     unsure = read_uncertainty(settings.uncertainty) if settings.uncertainty else None
     return assign_next(what_to_rate_next(images, tidy, unsure), settings.more, raters, before=table, **options)
 
+# %% ../../nbs/ratings/39_annotate.ipynb #c4d131eb
 def _assign(settings, images, tidy):
     "Share the images among the raters; prints what each has still to do."
     path = assignment_path(settings)
@@ -148,7 +153,7 @@ def _assign(settings, images, tidy):
         print(f"{path}: {len(table) - there:+,} answers asked for")
     if table is not None and len(table): print(progress(table, tidy))
 
-# %% ../../nbs/ratings/39_annotate.ipynb #4c423c7f
+# %% ../../nbs/ratings/39_annotate.ipynb #e4b7e8a3
 def _sheet(path, images, known, store):
     "Write or read the sheet; returns its faults."
     existed = path.exists()
@@ -161,11 +166,13 @@ def _sheet(path, images, known, store):
     print(f"{path}: {stored} new ratings" + (f", {added} images added to the sheet" if added else ""))
     return faults
 
+# %% ../../nbs/ratings/39_annotate.ipynb #8f2faac4
 def _people(settings, store):
     "Who is behind the names of the other tools: those that are known, and the table's."
     names = {*store.ratings().rater, *parse_raters(settings.raters)}
     return {argilla_id(r): r for r in names} | (read_people(settings.people) if settings.people else {})
 
+# %% ../../nbs/ratings/39_annotate.ipynb #39a734bf
 def _read(settings, known, store):
     "Take ratings from further files; returns their faults."
     faults = []
@@ -193,7 +200,7 @@ def _write(settings, images, store):
         panel_report(store.ratings(), store.repeats()).save(settings.report)
         print(f"{settings.report}: the raters, the aspects and the disputed images, with pictures")
 
-# %% ../../nbs/ratings/39_annotate.ipynb #8f9106ed
+# %% ../../nbs/ratings/39_annotate.ipynb #214610d5
 FAULTY = 2  # exit code if what was read has faults
 
 def _report(tidy, images, store):
@@ -208,8 +215,9 @@ def _tell(faults):
     print(*faults, told, sep="\n", file=sys.stderr)
     return FAULTY
 
+# %% ../../nbs/ratings/39_annotate.ipynb #8b29189b
 def run(
-    settings: AnnotateSettings,
+    settings: AnnotateSettings,  # what to read, write and serve
 ) -> int:  # exit code: 2 if what was read has faults; what is good in it is stored all the same
     "Sheet out, ratings in, who rates what, completeness and agreement; on request the panel. Raises `InputError`."
     if settings.argilla and not settings.address:

@@ -27,12 +27,13 @@ def visitor_name(
     "The rater that an address names."
     return parse_qs(query).get("rater", [""])[0].strip()
 
-# %% ../../nbs/ratings/34_app.ipynb #24ee94e8
+# %% ../../nbs/ratings/34_app.ipynb #1c492313
 def _name_problem(name, table, store, confirmed):
     "Why somebody of that name cannot start, or an empty text."
     if not name: return "Please write your name."
     if table is not None:
-        return "" if name in set(table.rater) else f"Nothing is assigned to {name!r}. Is it spelt as in your invitation?"
+        if name in set(table.rater): return ""
+        return f"Nothing is assigned to {name!r}. Is it spelt as in your invitation?"
     known = set(store.ratings().rater)
     if confirmed or not known or name in known: return ""
     return f"Nobody called {name!r} has rated yet. Press start again if that is right."

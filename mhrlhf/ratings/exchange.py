@@ -20,7 +20,7 @@ from ..core.files import InputError, read_json, read_table, write_json
 from .sheets import check_image, without_contradictions
 from .store import OVERALL, TIDY, RatingStore, parse_rating
 
-# %% ../../nbs/ratings/38_exchange.ipynb #2c3ecc39
+# %% ../../nbs/ratings/38_exchange.ipynb #922c1c29
 TEXTS = ("flag", "note")  # remarks for which both tools have a text field
 
 def _number_field(title, name, more):
@@ -28,6 +28,7 @@ def _number_field(title, name, more):
     return (f'  <Header value={quoteattr(title)} size="5"/>\n'
             f'  <Number name={quoteattr(name)} toName="image" min="{LOWEST}" max="{HIGHEST}" step="1" {more}/>')
 
+# %% ../../nbs/ratings/38_exchange.ipynb #babe9cd4
 def label_studio_config(
     aspects=ASPECTS,  # the fields
 ) -> str:             # XML, to be pasted into the project's labeling interface
@@ -59,7 +60,7 @@ class Annotation(NamedTuple):
     texts: dict    # kind of remark -> text
     seconds: float = None  # it took
 
-# %% ../../nbs/ratings/38_exchange.ipynb #49ec6802
+# %% ../../nbs/ratings/38_exchange.ipynb #7b6ad2c4
 def _person(value):
     "Label Studio names people by number, or by an object with their e-mail."
     if isinstance(value, dict): value = value.get("email") or value.get("id")
@@ -71,12 +72,13 @@ def _text(value):
     if isinstance(value, list): value = "\n".join(map(str, value))
     return str(value or "").strip()
 
+# %% ../../nbs/ratings/38_exchange.ipynb #9b1f321f
 def _number(answers):
     "The number in a JSON_MIN cell: [{'number': 7}], or the number itself."
     if isinstance(answers, list): answers = answers[0] if answers else None
     return answers.get("number") if isinstance(answers, dict) else answers
 
-# %% ../../nbs/ratings/38_exchange.ipynb #6019c3f0
+# %% ../../nbs/ratings/38_exchange.ipynb #c0bc7f00
 def _from_json(task):
     for a in task["annotations"]:
         said = {r["from_name"]: r["value"] for r in a.get("result", []) if r["from_name"]}
@@ -86,13 +88,14 @@ def _from_json(task):
         place, person = f"task {task.get('id')}, annotation {a.get('id')}", _person(a.get("completed_by"))
         yield Annotation(place, person, task["data"], answers, texts, a.get("lead_time"))
 
+# %% ../../nbs/ratings/38_exchange.ipynb #137da8a9
 def _from_json_min(row):
     answers = {k: _number(row[k]) for k in (*NAMES, OVERALL) if k in row}
     texts = {k: _text(row.get(k)) for k in TEXTS}
     place = f"row {row.get('id')}, annotation {row.get('annotation_id')}"
     yield Annotation(place, _person(row.get("annotator")), row, answers, texts, row.get("lead_time"))
 
-# %% ../../nbs/ratings/38_exchange.ipynb #e3b8677d
+# %% ../../nbs/ratings/38_exchange.ipynb #989d4acb
 def _from_argilla(record):
     "The answers of a record, person by person."
     said = {}
@@ -103,12 +106,13 @@ def _from_argilla(record):
         texts = {k: _text(own.get(k)) for k in TEXTS}
         yield Annotation(f"record {record.get('id')}", person, record.get("metadata") or {}, answers, texts)
 
+# %% ../../nbs/ratings/38_exchange.ipynb #d5ed7e97
 def _annotations(entry):
     "Those in an entry of any export."
     if "responses" in entry: return list(_from_argilla(entry))
     return list(_from_json(entry) if "annotations" in entry else _from_json_min(entry))
 
-# %% ../../nbs/ratings/38_exchange.ipynb #9713c8fa
+# %% ../../nbs/ratings/38_exchange.ipynb #fec4fc3c
 def _rater_and_image(annotation, people, images):
     "Rater, prompt_id and image_path; `ValueError` says what is wrong."
     data = annotation.data
@@ -122,6 +126,7 @@ def _rater_and_image(annotation, people, images):
         raise ValueError(f"{column}, value {value!r}: {why}") from None
     return dict(rater=people.get(annotation.person, annotation.person), prompt_id=prompt_id, image_path=image_path)
 
+# %% ../../nbs/ratings/38_exchange.ipynb #b2d5ca7f
 def _checked(aspect, value):
     "The rating that an answer is; None for an empty one. `ValueError` says what is wrong."
     if aspect not in (*NAMES, OVERALL): raise ValueError(f"no such aspect; there are: {', '.join(NAMES)}")
@@ -140,7 +145,7 @@ def _answers(path, annotation, who, faults):
             if number is None: continue
             yield who | dict(aspect=aspect, value=number, seconds=seconds, place=place, where=annotation.place)
 
-# %% ../../nbs/ratings/38_exchange.ipynb #077a6952
+# %% ../../nbs/ratings/38_exchange.ipynb #a27c122c
 def _entries(path):
     entries = read_json(path)
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
@@ -155,6 +160,7 @@ def _read_annotations(path, faults):
             why = f"{type(e).__name__}: {e}"
             faults.append(f"{path}: entry {number}: not in the shape of an export ({why}); export again")
 
+# %% ../../nbs/ratings/38_exchange.ipynb #8439396b
 def read_export(
     path,                 # an export of Label Studio (JSON, JSON_MIN), or what Argilla's `records.to_json` wrote
     people: dict = None,  # the tool's name for somebody -> rater's name; default: the same
@@ -198,7 +204,7 @@ def import_export(
     tidy, remarks, faults = read_export(path, people, images)
     return store.add_new(tidy, remarks, _source(path)), faults
 
-# %% ../../nbs/ratings/38_exchange.ipynb #d678e884
+# %% ../../nbs/ratings/38_exchange.ipynb #ca3662ec
 def _all_said(store):
     "Ratings and remarks in one table: rater, prompt_id, image_path, name (aspect or kind), value."
     ratings = store.ratings(overall=True).rename(columns=dict(aspect="name"))
@@ -210,6 +216,7 @@ def _result(name, value):
     else: kind, held = "number", dict(number=value)
     return dict(from_name=name, to_name="image", type=kind, value=held)
 
+# %% ../../nbs/ratings/38_exchange.ipynb #1b336db4
 def _annotations_of(who, names, values):
     "What a rater said about an image as Label Studio's annotations."
     base = dict(completed_by=dict(email=who), lead_time=None)
@@ -247,7 +254,7 @@ def write_label_studio(
     config.write_text(label_studio_config())
     return [config, tasks]
 
-# %% ../../nbs/ratings/38_exchange.ipynb #ef31ecce
+# %% ../../nbs/ratings/38_exchange.ipynb #72bdefad
 def _field(name, kind, **options):
     "Something that is shown."
     return dict(name=name, title=name, description=None, required=True, type=kind, settings=dict(type=kind, **options))
@@ -257,6 +264,7 @@ def _question(name, kind, text, required, **options):
     return dict(name=name, title=name, description=text, required=required, type=kind,
                 settings=dict(type=kind, **options))
 
+# %% ../../nbs/ratings/38_exchange.ipynb #919ee6e6
 def _hidden(name):
     "Something that goes along, and that raters do not see."
     settings = dict(type="terms", values=None, visible_for_annotators=False)
@@ -290,7 +298,7 @@ def argilla_id(
     "The UUID that stands for a rater unless `people` says otherwise."
     return str(uuid.uuid5(uuid.NAMESPACE_OID, f"mhrlhf/{rater}"))
 
-# %% ../../nbs/ratings/38_exchange.ipynb #e7517646
+# %% ../../nbs/ratings/38_exchange.ipynb #3188d6b7
 def _argilla_value(row):
     if row["name"] in TEXTS: return row["value"]
     if row["value"] != round(row["value"]):
@@ -306,6 +314,7 @@ def _responses(store, people):
         found.setdefault(row["image_path"], {}).setdefault(row["name"], []).append(response)
     return found
 
+# %% ../../nbs/ratings/38_exchange.ipynb #f59d80cd
 def argilla_records(
     images: pd.DataFrame,       # with prompt_id, image_path and prompt
     prefix: str,                # what comes before the image path in its address, such as https://server/

@@ -186,7 +186,7 @@ class KeyListener(anywidget.AnyWidget):
     _esm, _css = _KEYS_JS, _KEYS_CSS
     accepted = traitlets.List().tag(sync=True)  # keys that mean something; all others are left to the browser
 
-# %% ../../nbs/ratings/33_panel.ipynb #b48d8a45
+# %% ../../nbs/ratings/33_panel.ipynb #7befca39
 def _switch(widget, name, on):
     "Give a widget a CSS class, or take it away."
     if on: widget.add_class(name)
@@ -196,6 +196,7 @@ def _with_class(widget, name):
     widget.add_class(name)
     return widget
 
+# %% ../../nbs/ratings/33_panel.ipynb #6456e83f
 def _rubric(aspect):
     best_first = sorted(aspect.rubric.items(), reverse=True)
     levels = "".join(f"<div><b>{level}</b> {escape(text)}</div>" for level, text in best_first)
@@ -297,7 +298,7 @@ def _actions(self: RatingPanel):
     buttons = ipywidgets.HBox([*self.actions.values(), self.note], layout=dict(flex_flow="row wrap"))
     return ipywidgets.VBox([buttons, ipywidgets.HTML(_HINT)])
 
-# %% ../../nbs/ratings/33_panel.ipynb #bd5f2ef6
+# %% ../../nbs/ratings/33_panel.ipynb #36108d53
 @patch
 def _fetch(self: RatingPanel, path, place):
     "Put an image into one of the two pictures, unless it is there already; the problem, if there is one."
@@ -306,6 +307,7 @@ def _fetch(self: RatingPanel, path, place):
     self.pictures[place].value, self.held[place] = data, "" if problem else path
     return problem
 
+# %% ../../nbs/ratings/33_panel.ipynb #d6b7037b
 @patch
 def _show_image(self: RatingPanel):
     path = self.session.item.image_path
@@ -319,7 +321,7 @@ def _prefetch(self: RatingPanel):
     path = self.session.items[self.session.upcoming()].image_path
     if path not in self.held: self._fetch(path, 1 - self.front)
 
-# %% ../../nbs/ratings/33_panel.ipynb #e1551a86
+# %% ../../nbs/ratings/33_panel.ipynb #4a268b00
 _PACE_FROM = 5, 6  # answers, and seconds of work, from which on the pace is told
 
 @patch
@@ -333,6 +335,7 @@ def _news(self: RatingPanel):
         yield "calibration" if far is None else f"calibration: {far:.1f} points from the known answers; ⏎ goes on"
     if len(s.complete) == len(s.items): yield "<b>everything is rated, thank you</b>"
 
+# %% ../../nbs/ratings/33_panel.ipynb #b2802bbf
 @patch
 def _rest(self: RatingPanel):
     "The reminder of a break; not while something waits to be stored."
@@ -340,6 +343,7 @@ def _rest(self: RatingPanel):
     return (f"<div class='mhrlhf-break' role='alert'>You have rated for {self.session.worked():.0f} minutes: "
             "time for a break of five. Everything is stored.</div>")
 
+# %% ../../nbs/ratings/33_panel.ipynb #05ef02fc
 @patch
 def _status(self: RatingPanel):
     s = self.session
@@ -349,7 +353,7 @@ def _status(self: RatingPanel):
     line = " · ".join([f"<b>{escape(s.rater)}</b>", *place, *self._news(), message])
     return f"<div role='status' aria-live='polite'>{line}</div>{self._rest()}"
 
-# %% ../../nbs/ratings/33_panel.ipynb #7abd63e2
+# %% ../../nbs/ratings/33_panel.ipynb #b04a088d
 @patch
 def _show_item(self: RatingPanel):
     "What belongs to the item on show, and not to its answers."
@@ -363,6 +367,7 @@ def _show_item(self: RatingPanel):
     self.prompt.value = f"<div style='font-size:115%;line-height:1.3'>{escape(s.item.prompt)}</div>"
     self.note.value = s.remarked("note")
 
+# %% ../../nbs/ratings/33_panel.ipynb #81935b8f
 @patch
 def refresh(self: RatingPanel):
     "Show the session's state."
@@ -375,7 +380,7 @@ def refresh(self: RatingPanel):
     self.actions["skip"].button_style = "info" if s.remarked("skip") else ""
     if self.shown != before: self._prefetch()
 
-# %% ../../nbs/ratings/33_panel.ipynb #eaf444e6
+# %% ../../nbs/ratings/33_panel.ipynb #63838f64
 @patch
 def press(self: RatingPanel,
     key: str,  # as the browser names it
@@ -383,6 +388,7 @@ def press(self: RatingPanel,
     "Do what a key means, and show the result."
     if self.session.press(key): self.refresh()
 
+# %% ../../nbs/ratings/33_panel.ipynb #9317095f
 @patch
 def tick(self: RatingPanel):
     "What is due from time to time: store what waits, remind of a break."
@@ -395,6 +401,7 @@ def _heard(self: RatingPanel, _, content, __):
     else: self.press(content.get("key", ""))
     self.listener.send(dict(alive=True))
 
+# %% ../../nbs/ratings/33_panel.ipynb #f1590cbf
 @patch
 def _clicked(self: RatingPanel, aspect, value):
     self.session.answer(value, aspect)

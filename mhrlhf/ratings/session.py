@@ -156,7 +156,7 @@ class RatingSession:
         self._load()
         self.go(next((at for at in range(len(self.items)) if at not in self.complete), 0))
 
-# %% ../../nbs/ratings/32_session.ipynb #5af994e8
+# %% ../../nbs/ratings/32_session.ipynb #00d57853
 @patch
 def _asked(self: RatingSession, aspects, images):
     "The names of the aspects to be rated. Raises `InputError`."
@@ -167,6 +167,7 @@ def _asked(self: RatingSession, aspects, images):
     if not len(images): raise InputError("there are no images to rate; generate some first")
     return tuple(a for a in names if not aspects or a in aspects)
 
+# %% ../../nbs/ratings/32_session.ipynb #ac8864b6
 @patch
 def _plan(self: RatingSession, items, calibration):
     asked = {name for aspects in {item.aspects for item in items} for name in aspects}
@@ -179,7 +180,7 @@ def _plan(self: RatingSession, items, calibration):
     for row in calibration.to_dict("records"):
         self.known |= {(row["image_path"], name): float(row[name]) for name in names if pd.notna(row.get(name))}
 
-# %% ../../nbs/ratings/32_session.ipynb #53564cd6
+# %% ../../nbs/ratings/32_session.ipynb #4d2fa895
 @patch
 def places(self: RatingSession,
     paths,  # of images
@@ -191,12 +192,14 @@ def places(self: RatingSession,
         if item.image_path in paths: found.setdefault(item.image_path, []).append(at)
     return found
 
+# %% ../../nbs/ratings/32_session.ipynb #c1bae066
 @patch
 def _finished(self: RatingSession, at):
     item = self.items[at]
     if (item.image_path, "skip") in self.remarks: return True
     return all((item.kind, item.image_path, a) in self.answers for a in item.aspects)
 
+# %% ../../nbs/ratings/32_session.ipynb #fb8717a7
 @patch
 def _load(self: RatingSession):
     self.answers = {}  # (kind, image, aspect) -> rating
@@ -211,7 +214,7 @@ def _load(self: RatingSession):
     self.complete = {at for there in places.values() for at in there if self._finished(at)}
     self._load_undo(changes, places)
 
-# %% ../../nbs/ratings/32_session.ipynb #b5a93ffd
+# %% ../../nbs/ratings/32_session.ipynb #2a768232
 @patch
 def _place_of(self: RatingSession, change, places):
     "The position of the item at which an answer was changed; None if it is no longer asked."
@@ -219,6 +222,7 @@ def _place_of(self: RatingSession, change, places):
     for at in places.get(change["image_path"], ()):
         if self.items[at].kind == kind and change["aspect"] in self.items[at].aspects: return at
 
+# %% ../../nbs/ratings/32_session.ipynb #f43e8e27
 @patch
 def _load_undo(self: RatingSession, changes, places):
     self.undone = []  # (position, aspect, rating before) of what undo takes back, the last one first in line
@@ -230,7 +234,7 @@ def _load_undo(self: RatingSession, changes, places):
         if taken_back: self.undone.pop()
         else: self.undone.append((at, aspect, change["before"]))
 
-# %% ../../nbs/ratings/32_session.ipynb #238e673c
+# %% ../../nbs/ratings/32_session.ipynb #aaae48fe
 @patch(as_prop=True)
 def item(self: RatingSession) -> Item:
     "What is on show."
@@ -243,6 +247,7 @@ def value(self: RatingSession,
     "The rating of an aspect of the item on show."
     return self.answers.get((self.item.kind, self.item.image_path, aspect))
 
+# %% ../../nbs/ratings/32_session.ipynb #b58808f7
 @patch
 def go(self: RatingSession,
     at: int,           # position among the items
@@ -253,6 +258,7 @@ def go(self: RatingSession,
     unanswered = [a for a in self.item.aspects if self.value(a) is None]
     self.chosen = aspect or (unanswered or self.item.aspects)[0]
 
+# %% ../../nbs/ratings/32_session.ipynb #bf2249b8
 @patch
 def upcoming(self: RatingSession) -> int:  # position; the last item if all are done
     "Where an answer that completes this item leads: the next unfinished one, then the first of all."
@@ -260,7 +266,7 @@ def upcoming(self: RatingSession) -> int:  # position; the last item if all are 
     ahead = (at % n for at in range(self.at + 1, self.at + n))
     return next((at for at in ahead if at not in self.complete), min(self.at + 1, n - 1))
 
-# %% ../../nbs/ratings/32_session.ipynb #ab41507d
+# %% ../../nbs/ratings/32_session.ipynb #ea037e93
 @patch
 def retry(self: RatingSession) -> bool:
     "Try to store what waits; whether nothing waits any more."
@@ -277,19 +283,21 @@ def retry(self: RatingSession) -> bool:
                         "tried again every few seconds, keep this page open")
     return not self.waiting
 
+# %% ../../nbs/ratings/32_session.ipynb #06e2dfd8
 @patch
 def _keep(self: RatingSession, what, item, **row):
     origin = dict(rater=self.rater, prompt_id=item.prompt_id, image_path=item.image_path, session=self.session)
     self.waiting.append((what, origin | row))
     self.retry()
 
-# %% ../../nbs/ratings/32_session.ipynb #bde91e76
+# %% ../../nbs/ratings/32_session.ipynb #6ceb1195
 @patch
 def _recount(self: RatingSession, at):
     "Note whether an item is complete."
     if self._finished(at): self.complete.add(at)
     else: self.complete.discard(at)
 
+# %% ../../nbs/ratings/32_session.ipynb #f41026e2
 @patch
 def _set(self: RatingSession, at, aspect, value):
     item, now = self.items[at], self.clock()
@@ -302,7 +310,7 @@ def _set(self: RatingSession, at, aspect, value):
     self.since, self.given = now, self.given + 1
     if not self.waiting: self.message = f"saved: {aspect} {'taken back' if value is None else format(value, 'g')}"
 
-# %% ../../nbs/ratings/32_session.ipynb #a442f30a
+# %% ../../nbs/ratings/32_session.ipynb #9fa08e5a
 @patch
 def answer(self: RatingSession,
     value: float,       # the rating
@@ -315,6 +323,7 @@ def answer(self: RatingSession,
     self._set(self.at, name, value)
     if move and not was_complete: self._move_on(name)
 
+# %% ../../nbs/ratings/32_session.ipynb #ab35a83e
 @patch
 def _move_on(self: RatingSession, name):
     "From an aspect just answered to what has no answer."
@@ -325,7 +334,7 @@ def _move_on(self: RatingSession, name):
     here = names.index(name)
     self.chosen = next(a for a in names[here + 1:] + names[:here + 1] if self.value(a) is None)
 
-# %% ../../nbs/ratings/32_session.ipynb #0191f29c
+# %% ../../nbs/ratings/32_session.ipynb #ac2d5400
 @patch
 def change(self: RatingSession,
     by: float,  # rating points
@@ -335,6 +344,7 @@ def change(self: RatingSession,
     value = (LOWEST + HIGHEST) / 2 if value is None else min(max(value + by, LOWEST), HIGHEST)
     self.answer(value, move=False)
 
+# %% ../../nbs/ratings/32_session.ipynb #23e17ca8
 @patch
 def undo(self: RatingSession):
     "Take back the last answer, of this session or an earlier one; the history keeps both."
@@ -345,7 +355,7 @@ def undo(self: RatingSession):
     self._set(at, aspect, before)
     self.go(at, aspect)
 
-# %% ../../nbs/ratings/32_session.ipynb #798cbe25
+# %% ../../nbs/ratings/32_session.ipynb #e330eeae
 @patch
 def remark(self: RatingSession,
     kind: str,          # flag, note or skip
@@ -358,6 +368,7 @@ def remark(self: RatingSession,
     for at in self.places([path])[path]: self._recount(at)
     self._keep("remark", self.item, kind=kind, text=text, source="panel")
 
+# %% ../../nbs/ratings/32_session.ipynb #19687315
 @patch
 def remarked(self: RatingSession,
     kind: str,  # flag, note or skip
@@ -365,7 +376,7 @@ def remarked(self: RatingSession,
     "The text of a remark about the image on show."
     return self.remarks.get((self.item.image_path, kind), "")
 
-# %% ../../nbs/ratings/32_session.ipynb #cf2400d6
+# %% ../../nbs/ratings/32_session.ipynb #62917af7
 BREAK_AFTER = 30  # minutes of work after which a break is due
 PAUSE = 5         # minutes without a key that count as a break
 
@@ -381,13 +392,14 @@ def break_due(self: RatingSession) -> bool:
     "Whether half an hour has passed without a pause."
     return self.worked() >= BREAK_AFTER
 
+# %% ../../nbs/ratings/32_session.ipynb #38418d67
 @patch
 def at_work(self: RatingSession):
     "Note that the rater is at work."
     self.worked()
     self.acted = self.clock()
 
-# %% ../../nbs/ratings/32_session.ipynb #4d0cd003
+# %% ../../nbs/ratings/32_session.ipynb #d9318076
 @patch
 def act(self: RatingSession,
     action: str,  # one of the values of `ACTIONS`
@@ -401,6 +413,7 @@ def act(self: RatingSession,
         self.remark("skip")
         self.go(self.upcoming())
 
+# %% ../../nbs/ratings/32_session.ipynb #fe8b7310
 @patch
 def press(self: RatingSession,
     key: str,  # as the browser names it: "7", "x", "ArrowLeft", "Enter"
@@ -416,7 +429,7 @@ def press(self: RatingSession,
     self.at_work()
     return True
 
-# %% ../../nbs/ratings/32_session.ipynb #0b1524aa
+# %% ../../nbs/ratings/32_session.ipynb #7158c099
 @patch
 def feedback(self: RatingSession,
     aspect: str,  # name
@@ -428,6 +441,7 @@ def feedback(self: RatingSession,
     if said == known: return f"known answer {known:g}, the same as yours"
     return f"known answer {known:g}, you are {abs(said - known):g} {'above' if said > known else 'below'}"
 
+# %% ../../nbs/ratings/32_session.ipynb #ab4400a2
 @patch
 def calibrated(self: RatingSession) -> float:  # None before the first
     "Mean distance to the known answers so far, in rating points."

@@ -79,7 +79,7 @@ def _without_comment(values, columns):
             return values | {column: text.split("#")[0].strip()} | rest
     return values
 
-# %% ../../nbs/ratings/31_sheets.ipynb #6fc887d6
+# %% ../../nbs/ratings/31_sheets.ipynb #c08c8a0e
 def _check_known(path, prompt_id, images):
     "That an image is one of those to be rated, is still there and belongs to its prompt."
     if path not in images:
@@ -91,6 +91,7 @@ def _check_known(path, prompt_id, images):
         raise ValueError("prompt_id", prompt_id, f"this image belongs to prompt_id {images[path]}; "
                                                  "correct one of the two")
 
+# %% ../../nbs/ratings/31_sheets.ipynb #10794fae
 def check_image(
     path: str,       # image_path, as written
     prompt_id: str,  # as written, perhaps empty
@@ -108,7 +109,7 @@ def check_image(
     if not prompt_id: raise ValueError("prompt_id", prompt_id, "write the prompt's id")
     return prompt_id, path
 
-# %% ../../nbs/ratings/31_sheets.ipynb #4e079cb3
+# %% ../../nbs/ratings/31_sheets.ipynb #5404577d
 def _whose(row, images, rater):
     "The rater, prompt_id and image_path of a row, or a `ValueError` as in `check_image`."
     prompt_id, path = check_image(row["image_path"], row["prompt_id"], images)
@@ -121,6 +122,7 @@ def _cell_rating(row, column, faults):
     try: return parse_rating(row[column])
     except ValueError as e: faults.append(row.fault(column, e))
 
+# %% ../../nbs/ratings/31_sheets.ipynb #806c5021
 def _row_ratings(row, columns, images, rater, faults):
     "The ratings of one row as dicts with their place."
     row = replace(row, values=_without_comment(row.values, columns))
@@ -135,11 +137,12 @@ def _row_ratings(row, columns, images, rater, faults):
     return [whose | dict(aspect=columns[c], value=value, where=f"line {row.line}", place=f"{line}: column {c}")
             for c, value in values.items() if value is not None]
 
-# %% ../../nbs/ratings/31_sheets.ipynb #754f35c7
+# %% ../../nbs/ratings/31_sheets.ipynb #1de19ff7
 def _contradiction(answer, other):
     return (f"{answer['place']}, value {answer['value']:g}: contradicts {other['where']} ({other['value']:g}) "
             "of the same rater and image; neither is taken: delete one of them, or name different raters")
 
+# %% ../../nbs/ratings/31_sheets.ipynb #e6b52e3b
 def without_contradictions(
     found: list,    # of dicts with the `TIDY` columns, `place` (in words) and `where` (short)
     faults: list,   # gets the contradictions

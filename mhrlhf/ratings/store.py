@@ -193,13 +193,14 @@ def add(self: RatingStore,
     with _transaction(self.engine) as c: c.execute(RATINGS.insert(), entries)
     return len(entries)
 
-# %% ../../nbs/ratings/30_store.ipynb #acdde3df
+# %% ../../nbs/ratings/30_store.ipynb #d9a70778
 def _newest(table, where=()):
     "The query for the entries that count."
     last = sql.select(sql.func.max(table.c.id)).where(*where)
     last = last.group_by(table.c.rater, table.c.image_path, table.c.aspect)
     return sql.select(table).where(table.c.id.in_(last), table.c.value.is_not(None)).order_by(table.c.id)
 
+# %% ../../nbs/ratings/30_store.ipynb #075d415a
 @patch
 def history(self: RatingStore) -> pd.DataFrame:  # the columns of the table
     "Every entry ever made, in order."
@@ -244,7 +245,7 @@ def last_changes(self: RatingStore,
     with _transaction(self.engine) as c: found = pd.read_sql(newest, c)[::-1].reset_index(drop=True)
     return found.drop(columns="id").astype(dict(value=float, before=float))
 
-# %% ../../nbs/ratings/30_store.ipynb #bfc4cb37
+# %% ../../nbs/ratings/30_store.ipynb #65f18620
 REMARK_KINDS = ("flag", "note", "skip")
 
 @patch
@@ -263,6 +264,7 @@ def remark(self: RatingStore,
                  source=source, session=session, created_at=_now())
     with _transaction(self.engine) as c: c.execute(REMARKS.insert(), [entry])
 
+# %% ../../nbs/ratings/30_store.ipynb #12a439d0
 @patch
 def remarks(self: RatingStore,
     rater: str = "",  # only this rater's
@@ -299,13 +301,14 @@ def read_assignment(
     table = pd.DataFrame([{c: row[c] for c in ASSIGNED} for row in rows], columns=list(ASSIGNED))
     return table.astype(dict.fromkeys(ASSIGNED, str) | dict(block=int))
 
-# %% ../../nbs/ratings/30_store.ipynb #7b490a50
+# %% ../../nbs/ratings/30_store.ipynb #bb1cdcac
 def aspect_order(
     names,  # aspects, any order
 ) -> list:  # each once
     "The five in their usual order, then others by name."
     return [n for n in NAMES if n in set(names)] + sorted(set(names) - set(NAMES))
 
+# %% ../../nbs/ratings/30_store.ipynb #16273fa7
 def mean_ratings(
     tidy: pd.DataFrame,  # ratings with the `TIDY` columns
 ) -> pd.DataFrame:       # image_path × aspect, NaN where nobody rated
