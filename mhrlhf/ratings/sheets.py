@@ -6,61 +6,71 @@
 __all__ = ['SHEET_COLUMNS', 'write_template', 'check_image', 'without_contradictions', 'read_ratings_csv', 'read_remarks_csv',
            'import_sheet', 'write_ratings_csv']
 
-# %% ../../nbs/ratings/31_sheets.ipynb #073210ce
+# %% ../../nbs/ratings/31_sheets.ipynb #8e8424df
+from dataclasses import replace
 from pathlib import Path
-import csv, io, re
+import csv, re
 
 import pandas as pd
-
 from fastcore.basics import patch
 
 from ..core.aspects import ASPECTS, COLUMNS, NAMES
 from ..core.files import InputError, atomic_path, delimiter_of, inside, read_table
 from .store import OVERALL, REMARK_KINDS, RatingStore, TIDY, parse_rating
 
-# %% ../../nbs/ratings/31_sheets.ipynb #8d7005d6
+# %% ../../nbs/ratings/31_sheets.ipynb #f000d62b
 SHEET_COLUMNS = ("prompt_id", "image_path", *COLUMNS, "rater", "overall_rating", "flag", "note", "prompt")
+_FILLED = ["prompt_id", "image_path", "prompt"]  # the columns that a template fills
 
 def _write_sheet(path, images):
-    blank = dict.fromkeys(SHEET_COLUMNS, "")
-    with atomic_path(path) as p, open(p, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, SHEET_COLUMNS, lineterminator="\n"); writer.writeheader()
-        writer.writerows(blank | {c: image[c] for c in ("prompt_id", "image_path", "prompt")} for image in images.to_dict("records"))
+    sheet = images[_FILLED].reindex(columns=list(SHEET_COLUMNS), fill_value="")
+    with atomic_path(path) as p: sheet.to_csv(p, index=False)
 
-# %% ../../nbs/ratings/31_sheets.ipynb #044f8902
-def _clean_path(text): return re.sub(r"^(\./)+", "", str(text).strip().replace("\\", "/"))
-
+# %% ../../nbs/ratings/31_sheets.ipynb #ea1a3208
 def _append_to_sheet(path, images):
-    text = Path(path).read_bytes().decode("utf-8-sig"); header = text.splitlines()[0]
+    old = Path(path).read_bytes()
+    text = old.decode("utf-8-sig")
+    header = text.splitlines()[0]
     delimiter = delimiter_of(header)
     columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter))]
-    out = io.StringIO(); writer = csv.writer(out, delimiter=delimiter, lineterminator="\r\n" if "\r\n" in text else "\n")
-    writer.writerows([image.get(c, "") if c in ("prompt_id", "image_path", "prompt") else "" for c in columns] for image in images.to_dict("records"))
-    old = Path(path).read_bytes()
-    with atomic_path(path) as p: p.write_bytes(old + (b"" if old.endswith(b"\n") else b"\n") + out.getvalue().encode())
+    rows = images[_FILLED].reindex(columns=columns, fill_value="")
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    new = rows.to_csv(header=False, index=False, sep=delimiter, lineterminator=line_end)
+    between = b"" if old.endswith(b"\n") else b"\n"
+    with atomic_path(path) as p: p.write_bytes(old + between + new.encode())
+
+# %% ../../nbs/ratings/31_sheets.ipynb #f3671f24
+def _clean_path(text): return re.sub(r"^(\./)+", "", str(text).strip().replace("\\", "/"))
 
 def write_template(
     path,                  # the sheet
     images: pd.DataFrame,  # with prompt_id, image_path and prompt
 ) -> int:                  # rows written
-    "Write a rating sheet, or add to an existing one the images that it lacks. Raises `InputError` if that one is no rating sheet."
+    "Write a sheet, or add the images that it lacks. Raises `InputError` if an existing one is no rating sheet."
     if not Path(path).exists():
-        _write_sheet(path, images); return len(images)
-    present = {_clean_path(row["image_path"]) for row in read_table(path, ("prompt_id", "image_path"), faults=[])}
+        _write_sheet(path, images)
+        return len(images)
+    rows = read_table(path, ("prompt_id", "image_path"), faults=[])
+    present = {_clean_path(row["image_path"]) for row in rows}
     new = images[~images.image_path.isin(present)]
     if len(new): _append_to_sheet(path, new)
     return len(new)
 
-# %% ../../nbs/ratings/31_sheets.ipynb #17894ccb
+# %% ../../nbs/ratings/31_sheets.ipynb #bcf68aa5
 def _rating_columns(path, header, faults):
     "Column -> aspect for the columns that hold ratings."
-    known = {n: a.name for a in ASPECTS for n in (a.column, a.name, f"{a.name}_rating")} | {"overall_rating": OVERALL}
-    faults += [f"{path}:1: column {c}: no such aspect; rename it to one of {', '.join(COLUMNS)}, or remove it" for c in header if c.endswith("_rating") and c not in known]
+    known = {n: a.name for a in ASPECTS for n in (a.column, a.name, f"{a.name}_rating")}
+    known["overall_rating"] = OVERALL
+    for c in header:
+        if c.endswith("_rating") and c not in known:
+            faults.append(f"{path}:1: column {c}: no such aspect; "
+                          f"rename it to one of {', '.join(COLUMNS)}, or remove it")
     found = {c: known[c] for c in header if c in known}
-    if not set(found.values()) - {OVERALL}: raise InputError(f"{path}:1: no column with ratings; the sheet needs at least one of {', '.join(COLUMNS)}")
+    if not set(found.values()) - {OVERALL}:
+        raise InputError(f"{path}:1: no column with ratings; the sheet needs at least one of {', '.join(COLUMNS)}")
     return found
 
-# %% ../../nbs/ratings/31_sheets.ipynb #a4221573
+# %% ../../nbs/ratings/31_sheets.ipynb #f043299f
 def _without_comment(values, columns):
     "A rating cell such as `5 # nice` ends its row: what follows belongs to the comment."
     for at, (column, text) in enumerate(values.items()):
@@ -69,6 +79,19 @@ def _without_comment(values, columns):
             return values | {column: text.split("#")[0].strip()} | rest
     return values
 
+# %% ../../nbs/ratings/31_sheets.ipynb #c08c8a0e
+def _check_known(path, prompt_id, images):
+    "That an image is one of those to be rated, is still there and belongs to its prompt."
+    if path not in images:
+        raise ValueError("image_path", path, "not one of the images to be rated; correct the path, "
+                                             "or remove the row if the image was deleted")
+    if not Path(path).exists():
+        raise ValueError("image_path", path, "this image was deleted; restore it, or remove the row")
+    if prompt_id and prompt_id != images[path]:
+        raise ValueError("prompt_id", prompt_id, f"this image belongs to prompt_id {images[path]}; "
+                                                 "correct one of the two")
+
+# %% ../../nbs/ratings/31_sheets.ipynb #10794fae
 def check_image(
     path: str,       # image_path, as written
     prompt_id: str,  # as written, perhaps empty
@@ -76,57 +99,71 @@ def check_image(
 ) -> tuple:          # prompt_id, image_path
     "Which image is meant. `ValueError` holds the faulty column, its value and the reason."
     path = _clean_path(path)
-    def fault(column, value, why): raise ValueError(column, value, why)
-    if not path: fault("image_path", path, "name the image")
-    try: file = inside(".", path)
-    except InputError: fault("image_path", path, "lies outside the project; write the path as in the images' metadata")
-    if images is not None and path not in images: fault("image_path", path, "not one of the images to be rated; correct the path, or remove the row if the image was deleted")
-    if images is not None and not file.exists(): fault("image_path", path, "this image was deleted; restore it, or remove the row")
-    if not (found := prompt_id or (images or {}).get(path, "")): fault("prompt_id", prompt_id, "write the prompt's id")
-    if images is not None and images[path] != found: fault("prompt_id", prompt_id, f"this image belongs to prompt_id {images[path]}; correct one of the two")
-    return found, path
+    if not path: raise ValueError("image_path", path, "name the image")
+    try: inside(".", path)
+    except InputError:
+        why = "lies outside the project; write the path as in the images' metadata"
+        raise ValueError("image_path", path, why) from None
+    if images is not None: _check_known(path, prompt_id, images)
+    prompt_id = prompt_id or (images or {}).get(path, "")
+    if not prompt_id: raise ValueError("prompt_id", prompt_id, "write the prompt's id")
+    return prompt_id, path
 
+# %% ../../nbs/ratings/31_sheets.ipynb #5404577d
 def _whose(row, images, rater):
     "The rater, prompt_id and image_path of a row, or a `ValueError` as in `check_image`."
     prompt_id, path = check_image(row["image_path"], row["prompt_id"], images)
     who = row["rater"] if "rater" in row.values else rater
     if not who: raise ValueError("rater", "", "write who rated")
-    return who, prompt_id, path
+    return dict(rater=who, prompt_id=prompt_id, image_path=path)
 
-# %% ../../nbs/ratings/31_sheets.ipynb #9eace40b
+def _cell_rating(row, column, faults):
+    "The rating in a cell; None if there is none, or a faulty one."
+    try: return parse_rating(row[column])
+    except ValueError as e: faults.append(row.fault(column, e))
+
+# %% ../../nbs/ratings/31_sheets.ipynb #806c5021
 def _row_ratings(row, columns, images, rater, faults):
-    "The ratings of one row as dicts with their line."
-    row = type(row)(row.path, row.line, _without_comment(row.values, columns))
+    "The ratings of one row as dicts with their place."
+    row = replace(row, values=_without_comment(row.values, columns))
     if not any(row[c] for c in columns): return []
-    try: who, prompt_id, path = _whose(row, images, rater)
-    except ValueError as e: faults.append(row.fault(e.args[0], e.args[2])); return []
-    found = []
-    for column, aspect in columns.items():
-        try: value = parse_rating(row[column])
-        except ValueError as e: faults.append(row.fault(column, e)); continue
-        if value is not None: found.append(dict(rater=who, prompt_id=prompt_id, image_path=path, aspect=aspect, value=value, where=f"line {row.line}", place=f"{row.path}:{row.line}: column {column}"))
-    return found
+    try: whose = _whose(row, images, rater)
+    except ValueError as e:
+        column, _, why = e.args
+        faults.append(row.fault(column, why))
+        return []
+    values = {c: _cell_rating(row, c, faults) for c in columns}
+    line = f"{row.path}:{row.line}"
+    return [whose | dict(aspect=columns[c], value=value, where=f"line {row.line}", place=f"{line}: column {c}")
+            for c, value in values.items() if value is not None]
 
+# %% ../../nbs/ratings/31_sheets.ipynb #1de19ff7
+def _contradiction(answer, other):
+    return (f"{answer['place']}, value {answer['value']:g}: contradicts {other['where']} ({other['value']:g}) "
+            "of the same rater and image; neither is taken: delete one of them, or name different raters")
+
+# %% ../../nbs/ratings/31_sheets.ipynb #e6b52e3b
 def without_contradictions(
-    found: list,   # of dicts with the `TIDY` columns, `place` (in words) and `where` (short)
-    faults: list,  # gets the contradictions
+    found: list,    # of dicts with the `TIDY` columns, `place` (in words) and `where` (short)
+    faults: list,   # gets the contradictions
 ) -> pd.DataFrame:  # tidy, with what else the dicts have
     "Answers of the same rater about the same thing count once, and not at all if they differ."
     first, bad = {}, set()
-    for r in found:
-        key = r["rater"], r["image_path"], r["aspect"]
-        if (other := first.setdefault(key, r))["value"] == r["value"]: continue
+    for answer in found:
+        key = answer["rater"], answer["image_path"], answer["aspect"]
+        other = first.setdefault(key, answer)
+        if other["value"] == answer["value"]: continue
         bad.add(key)
-        faults.append(f"{r['place']}, value {r['value']:g}: contradicts {other['where']} ({other['value']:g}) of the same rater and image; neither is taken: delete one of them, or name different raters")
-    good = [{c: v for c, v in r.items() if c not in ("place", "where")} for key, r in first.items() if key not in bad]
-    return pd.DataFrame(good, columns=list(good[0]) if good else list(TIDY))
+        faults.append(_contradiction(answer, other))
+    good = [answer for key, answer in first.items() if key not in bad]
+    return pd.DataFrame(good).drop(columns=["place", "where"]) if good else pd.DataFrame(columns=list(TIDY))
 
-# %% ../../nbs/ratings/31_sheets.ipynb #7920abf8
+# %% ../../nbs/ratings/31_sheets.ipynb #147d2d46
 def read_ratings_csv(
-    path,                   # the filled sheet
-    images: dict = None,    # image_path -> prompt_id of the images to be rated; default: not checked
-    rater: str = "sheet",   # the rater's name if the sheet has no column for it
-) -> tuple:                 # tidy DataFrame, list of faults
+    path,                  # the filled sheet
+    images: dict = None,   # image_path -> prompt_id of the images to be rated; default: not checked
+    rater: str = "sheet",  # the rater's name if the sheet has no column for it
+) -> tuple:                # tidy DataFrame, list of faults
     "The ratings of a sheet, and what is wrong in it. Raises `InputError` if it is no rating sheet at all."
     faults = []
     rows = read_table(path, ("prompt_id", "image_path"), faults=faults)
@@ -135,21 +172,21 @@ def read_ratings_csv(
     found = [r for row in rows for r in _row_ratings(row, columns, images, rater, faults)]
     return without_contradictions(found, faults), faults
 
-# %% ../../nbs/ratings/31_sheets.ipynb #745dfd61
+# %% ../../nbs/ratings/31_sheets.ipynb #6c157908
 def read_remarks_csv(
     path,                  # the filled sheet
     images: dict = None,   # see `read_ratings_csv`
     rater: str = "sheet",  # the rater's name if the sheet has no column for it
 ) -> list:                 # of dicts for `RatingStore.remark`
-    "The flags, notes and skips of a sheet; rows whose image or rater is faulty are left to `read_ratings_csv` to report."
+    "The flags, notes and skips of a sheet; faulty rows are left to `read_ratings_csv` to report."
     found = []
     for row in read_table(path, ("prompt_id", "image_path"), faults=[]):
-        try: who, prompt_id, image = _whose(row, images, rater)
+        try: whose = _whose(row, images, rater)
         except ValueError: continue
-        found += [dict(rater=who, prompt_id=prompt_id, image_path=image, kind=k, text=row[k]) for k in REMARK_KINDS if row.get(k)]
+        found += [whose | dict(kind=kind, text=row[kind]) for kind in REMARK_KINDS if row.get(kind)]
     return found
 
-# %% ../../nbs/ratings/31_sheets.ipynb #9b628324
+# %% ../../nbs/ratings/31_sheets.ipynb #77d70fb4
 @patch
 def add_new(self: RatingStore,
     tidy: pd.DataFrame,  # ratings
@@ -157,36 +194,39 @@ def add_new(self: RatingStore,
     source: str,         # where they come from: csv, label-studio, …
 ) -> int:                # how many ratings were new or changed
     "Store what differs from what this source has said before."
-    before = self.ratings(source=source, overall=True)
-    seen = tidy.merge(before.drop(columns="prompt_id"), on=["rater", "image_path", "aspect"], how="left", suffixes=("", "_before"))
+    before = self.ratings(source=source, overall=True).drop(columns="prompt_id")
+    seen = tidy.merge(before, on=["rater", "image_path", "aspect"], how="left", suffixes=("", "_before"))
     new = seen[seen.value != seen.value_before].drop(columns="value_before")
     self.add(new, source=source)
-    there = set(self.remarks()[["rater", "image_path", "kind", "text"]].itertuples(index=False, name=None))
+    columns = ["rater", "image_path", "kind", "text"]
+    there = set(self.remarks()[columns].itertuples(index=False, name=None))
     for r in remarks:
-        if (r["rater"], r["image_path"], r["kind"], r["text"]) not in there: self.remark(**r, source=source)
+        if tuple(r[c] for c in columns) not in there: self.remark(**r, source=source)
     return len(new)
 
+# %% ../../nbs/ratings/31_sheets.ipynb #b53855fe
 def import_sheet(
-    store: RatingStore,
-    path,                 # the filled sheet
-    images: dict = None,  # see `read_ratings_csv`
+    store: RatingStore,    # gets what is new
+    path,                  # the filled sheet
+    images: dict = None,   # see `read_ratings_csv`
     rater: str = "sheet",  # the rater's name if the sheet has no column for it
-) -> tuple:               # how many ratings were new or changed, list of faults
-    "Store what is new in a sheet: its good rows, whatever else is wrong."
+) -> tuple:                # how many ratings were new or changed, list of faults
+    "Store what is new in a sheet: its good rows. Raises `InputError` as `read_ratings_csv` does."
     tidy, faults = read_ratings_csv(path, images, rater)
     return store.add_new(tidy, read_remarks_csv(path, images, rater), "csv"), faults
 
-# %% ../../nbs/ratings/31_sheets.ipynb #81c307f4
+# %% ../../nbs/ratings/31_sheets.ipynb #ad47f8e1
 def write_ratings_csv(
     path,                # CSV to write
-    store: RatingStore,
+    store: RatingStore,  # what goes out
 ) -> int:                # rows written
     "Export the store in the sheet's columns, and one for skips; `import_sheet` reads it back."
-    column = dict(zip(NAMES, COLUMNS)) | {OVERALL: "overall_rating"}
-    key, columns = ["prompt_id", "image_path", "rater"], [*SHEET_COLUMNS[:-1], "skip", SHEET_COLUMNS[-1]]
+    columns = [*SHEET_COLUMNS[:-1], "skip", SHEET_COLUMNS[-1]]
     tidy, remarks = store.ratings(overall=True), store.remarks()
-    long = pd.concat([tidy.assign(column=tidy.aspect.map(column), value=tidy.value.map(lambda v: str(v).removesuffix(".0"))),
-                      remarks.assign(column=remarks.kind, value=remarks.text)])
-    wide = long.pivot(index=key, columns="column", values="value").reset_index().reindex(columns=columns, fill_value="").fillna("")
+    column = tidy.aspect.map(dict(zip(NAMES, COLUMNS)) | {OVERALL: "overall_rating"})
+    answers = tidy.assign(column=column, value=tidy.value.map(str).str.removesuffix(".0"))
+    said = pd.concat([answers, remarks.assign(column=remarks.kind, value=remarks.text)])
+    wide = said.pivot(index=["prompt_id", "image_path", "rater"], columns="column", values="value").reset_index()
+    wide = wide.reindex(columns=columns, fill_value="").fillna("")
     with atomic_path(path) as p: wide.to_csv(p, index=False)
     return len(wide)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.aspects import HIGHEST, LOWEST
 
-# %% ../../nbs/ratings/32_simulated.ipynb #ede36f6d
+# %% ../../nbs/ratings/32_simulated.ipynb #e6b0fb55
 SIMULATED = "simulated-"  # how the names of simulated raters begin
 
 def is_simulated(
@@ -22,48 +22,66 @@ def is_simulated(
     "Whether any rater in it is simulated."
     return tidy.rater.astype(str).str.startswith(SIMULATED).any()
 
+# %% ../../nbs/ratings/32_simulated.ipynb #da81ebf7
 def simulated_raters(
-    aspects,                  # names
-    raters: int = 4,          # how many
-    noise: float = 1.5,       # standard deviation of a typical rating, in rating points
-    bias: float = .5,         # standard deviation of the raters' biases, in rating points
-    scale: float = .1,        # spread of the use of the scale, as the standard deviation of its logarithm
-    expertise: float = .2,    # spread of the noise over raters and aspects, as the standard deviation of its logarithm
-    seed: int = 0,
-) -> pd.DataFrame:            # index rater × aspect; columns bias, scale, noise
+    aspects,                # names
+    raters: int = 4,        # how many
+    noise: float = 1.5,     # standard deviation of a typical rating, in rating points
+    bias: float = .5,       # standard deviation of the raters' biases, in rating points
+    scale: float = .1,      # spread of the use of the scale, as the standard deviation of its logarithm
+    expertise: float = .2,  # spread of the noise over raters and aspects, as the standard deviation of its logarithm
+    seed: int = 0,          # another seed, other people
+) -> pd.DataFrame:          # index rater × aspect; columns bias, scale, noise
     "Who sits in a simulated panel."
     rng = np.random.default_rng([seed, 1])
-    index = pd.MultiIndex.from_product([[f"{SIMULATED}{i + 1}" for i in range(raters)], list(aspects)], names=["rater", "aspect"])
-    draw = lambda spread: rng.normal(0, spread, len(index))
-    return pd.DataFrame(dict(bias=draw(bias), scale=np.exp(draw(scale)), noise=noise * np.exp(draw(expertise))), index=index)
+    names = [f"{SIMULATED}{i + 1}" for i in range(raters)]
+    index = pd.MultiIndex.from_product([names, list(aspects)], names=["rater", "aspect"])
+    biases, scales, noises = (rng.normal(0, spread, len(index)) for spread in (bias, scale, expertise))
+    return pd.DataFrame(dict(bias=biases, scale=np.exp(scales), noise=noise * np.exp(noises)), index=index)
 
-# %% ../../nbs/ratings/32_simulated.ipynb #614f83b5
+# %% ../../nbs/ratings/32_simulated.ipynb #2f170327
 def _one_simulated(truth, who, rng, fatigue, missing):
     "One rater's answers, image × aspect, NaN where missing."
     middle = truth.mean(axis=0)
-    tired = 1 + fatigue * rng.permutation(len(truth))[:, None] / max(len(truth) - 1, 1)  # each in an order of their own
-    seen = middle + (truth - middle) * who["scale"].values + who["bias"].values + rng.normal(size=truth.shape) * who["noise"].values * tired
+    turn = rng.permutation(len(truth))[:, None]             # (images, 1), from 0 to images - 1
+    tired = 1 + fatigue * turn / max(len(truth) - 1, 1)
+    noise = rng.normal(size=truth.shape) * who["noise"].values * tired
+    seen = middle + (truth - middle) * who["scale"].values + who["bias"].values + noise
     answers = np.clip(np.round(seen), LOWEST, HIGHEST)
     answers[rng.random(truth.shape) < missing] = np.nan
     return answers
 
+# %% ../../nbs/ratings/32_simulated.ipynb #8f571699
+def _not_drawn(raters, images, per_image, rng):
+    "(raters, images), True where a rater is not one of the `per_image` drawn for an image."
+    ranks = np.tile(np.arange(raters)[:, None], images)
+    return rng.permuted(ranks, axis=0) >= per_image
+
+def _as_tidy(answers, names, prompt_ids, truth):
+    "(raters, images, aspects) as a tidy table; NaN is left out."
+    who, image, aspect = np.nonzero(~np.isnan(answers))
+    def taken(values, at): return np.asarray(values, dtype=object)[at]
+    return pd.DataFrame(dict(rater=taken(names, who), prompt_id=taken(prompt_ids, image),
+                             image_path=taken(truth.index, image), aspect=taken(truth.columns, aspect),
+                             value=answers[who, image, aspect]))
+
+# %% ../../nbs/ratings/32_simulated.ipynb #df1f314e
 def simulated_panel(
-    truth: pd.DataFrame,    # image_path × aspect, 0-10
-    raters=4,               # how many, or a table as `simulated_raters` makes it
-    noise: float = 1.5,     # of a typical rater, in rating points
-    seed: int = 0,
-    fatigue: float = 0.,    # how much the noise has grown at a rater's last image, as a fraction
-    missing: float = 0.,    # probability that a rating is left out
-    per_image: int = 0,     # raters drawn at random for each image; 0: everybody rates every image
+    truth: pd.DataFrame,      # image_path × aspect, 0-10
+    raters=4,                 # how many, or a table as `simulated_raters` makes it
+    noise: float = 1.5,       # of a typical rater, in rating points
+    seed: int = 0,            # another seed, other answers
+    fatigue: float = 0.,      # how much the noise has grown at a rater's last image, as a fraction
+    missing: float = 0.,      # probability that a rating is left out
+    per_image: int = 0,       # raters drawn at random for each image; 0: everybody rates every image
     prompt_ids: dict = None,  # image_path -> prompt_id; default: the name of the image's folder
-) -> pd.DataFrame:          # tidy; raters are called simulated-1, simulated-2, …
+) -> pd.DataFrame:            # tidy; raters are called simulated-1, simulated-2, …
     "Ratings of simulated raters."
     if isinstance(raters, int): raters = simulated_raters(truth.columns, raters, noise, seed=seed)
-    names, rng = list(raters.index.unique("rater")), np.random.default_rng([seed, 2])
-    prompt = [(prompt_ids or {}).get(p) or Path(p).parent.name or "prompt" for p in truth.index]
-    answers = np.stack([_one_simulated(truth, raters.loc[n].loc[list(truth.columns)], rng, fatigue, missing) for n in names])  # (raters, images, aspects)
-    if per_image: answers[rng.permuted(np.tile(np.arange(len(names))[:, None], len(truth)), axis=0) >= per_image] = np.nan
-    who, image, aspect = np.nonzero(~np.isnan(answers))
-    take = lambda values, at: np.asarray(values, dtype=object)[at]
-    return pd.DataFrame(dict(rater=take(names, who), prompt_id=take(prompt, image), image_path=take(truth.index, image),
-                             aspect=take(truth.columns, aspect), value=answers[who, image, aspect]))
+    names, aspects = list(raters.index.unique("rater")), list(truth.columns)
+    rng = np.random.default_rng([seed, 2])
+    each = [_one_simulated(truth, raters.loc[name].loc[aspects], rng, fatigue, missing) for name in names]
+    answers = np.stack(each)                                # (raters, images, aspects)
+    if per_image: answers[_not_drawn(len(names), len(truth), per_image, rng)] = np.nan
+    prompts = [(prompt_ids or {}).get(path) or Path(path).parent.name or "prompt" for path in truth.index]
+    return _as_tidy(answers, names, prompts, truth)

@@ -7,7 +7,7 @@ __all__ = ['TIDY', 'OVERALL', 'RATINGS', 'REMARKS', 'ASIDE', 'REMARK_KINDS', 'AS
            'shown_url', 'RatingStore', 'StoreError', 'write_assignment', 'read_assignment', 'aspect_order',
            'mean_ratings']
 
-# %% ../../nbs/ratings/30_store.ipynb #b9e27795
+# %% ../../nbs/ratings/30_store.ipynb #aa7f3a79
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -17,14 +17,12 @@ import math, re, time
 
 import pandas as pd
 import sqlalchemy as sql
+from fastcore.basics import patch
 
 from ..core.aspects import ASPECTS, HIGHEST, LOWEST, NAMES
 from ..core.files import InputError, atomic_path, fingerprint, read_table
 
-# %% ../../nbs/ratings/30_store.ipynb #0cecb7a0
-TIDY = ("rater", "prompt_id", "image_path", "aspect", "value")  # the columns of every table of ratings
-OVERALL = "overall"  # an impression of the whole; stored, but no aspect
-
+# %% ../../nbs/ratings/30_store.ipynb #3decf14b
 def parse_rating(
     text: str,  # what stands in a cell
 ) -> float:     # None where nothing stands
@@ -34,62 +32,94 @@ def parse_rating(
     try: value = float(text.replace(",", "."))
     except ValueError: value = math.nan
     if not LOWEST <= value <= HIGHEST:
-        raise ValueError(f"a number from {LOWEST} to {HIGHEST} is needed; leave the cell empty if the aspect was not rated")
+        raise ValueError(f"a number from {LOWEST} to {HIGHEST} is needed; "
+                         "leave the cell empty if the aspect was not rated")
     return value
 
-# %% ../../nbs/ratings/30_store.ipynb #7dca9377
+# %% ../../nbs/ratings/30_store.ipynb #937ea1df
+TIDY = ("rater", "prompt_id", "image_path", "aspect", "value")  # the columns of every table of ratings
+OVERALL = "overall"   # an impression of the whole; stored, but no aspect
+_NEEDED = TIDY[:-1]   # what no entry may lack
+_NAME_LENGTH = 512    # characters of a rater's name, an id or a path; a server refuses longer ones
 _METADATA = sql.MetaData()
-_KEY = lambda: [sql.Column("id", sql.Integer, primary_key=True), *(sql.Column(c, sql.String(512), nullable=False) for c in ("rater", "prompt_id", "image_path", "aspect"))]
-_ORIGIN = lambda: [sql.Column("source", sql.String(64), nullable=False), sql.Column("session", sql.String(64)), sql.Column("created_at", sql.String(40), nullable=False)]
-RATINGS = sql.Table("ratings", _METADATA, *_KEY(), sql.Column("value", sql.Float), sql.Column("seconds", sql.Float), sql.Column("position", sql.Integer),
-                    sql.Column("rubric", sql.String(16)), *_ORIGIN(), sql.Index("newest_rating", "rater", "image_path", "aspect", "id"))
-REMARKS = sql.Table("remarks", _METADATA, *_KEY(), sql.Column("value", sql.Text), *_ORIGIN(),
-                    sql.Index("newest_remark", "rater", "image_path", "aspect", "id"))  # its aspect is the kind: flag, note, skip
 
-def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+def _history_table(name, *columns):
+    "A table of entries, in the order of their `id`, with an index that finds the newest ones."
+    needed = [sql.Column(c, sql.String(_NAME_LENGTH), nullable=False) for c in _NEEDED]
+    origin = [sql.Column("source", sql.String(64), nullable=False), sql.Column("session", sql.String(64)),
+              sql.Column("created_at", sql.String(40), nullable=False)]
+    newest = sql.Index(f"newest_{name.removesuffix('s')}", "rater", "image_path", "aspect", "id")
+    id = sql.Column("id", sql.Integer, primary_key=True)
+    return sql.Table(name, _METADATA, id, *needed, *columns, *origin, newest)
 
+RATINGS = _history_table("ratings", sql.Column("value", sql.Float), sql.Column("seconds", sql.Float),
+                         sql.Column("position", sql.Integer), sql.Column("rubric", sql.String(16)))
+REMARKS = _history_table("remarks", sql.Column("value", sql.Text))  # its aspect is the kind: flag, note, skip
+
+# %% ../../nbs/ratings/30_store.ipynb #8a0feeb2
 @cache
 def rubric_version() -> str:
     "A fingerprint of the aspects and rubrics that raters see; it is kept with every rating."
     return fingerprint([asdict(a) for a in ASPECTS])
 
-# %% ../../nbs/ratings/30_store.ipynb #b49a27c5
+def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+# %% ../../nbs/ratings/30_store.ipynb #f1183b9f
 def shown_url(
     url,    # SQLAlchemy URL, perhaps a faulty one
 ) -> str:
     "A database URL without its password, to be printed."
-    return re.sub(r":(?!//).*@", ":***@", re.sub(r"(password=)[^&]*", r"\1***", str(url)))
+    without_parameter = re.sub(r"(password=)[^&]*", r"\1***", str(url))
+    return re.sub(r":(?!//).*@", ":***@", without_parameter)
 
-# %% ../../nbs/ratings/30_store.ipynb #7d8750ad
+# %% ../../nbs/ratings/30_store.ipynb #f590e981
 def _tune_sqlite(patience):
+    "A handler that tunes each new connection; `patience` in seconds."
+    pragmas = f"busy_timeout={round(1000 * patience)}", "journal_mode=WAL", "synchronous=FULL"
     def tune(connection, _):
         cursor = connection.cursor()
-        for pragma in (f"busy_timeout={round(1000 * patience)}", "journal_mode=WAL", "synchronous=FULL"): cursor.execute(f"PRAGMA {pragma}")
+        for pragma in pragmas: cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
     return tune
 
+# %% ../../nbs/ratings/30_store.ipynb #1fa49ac1
+def _connect(url):
+    "An engine for a URL; the folder of a SQLite file is made."
+    url = sql.make_url(url)
+    in_a_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    if in_a_file: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    return sql.create_engine(url, pool_pre_ping=True)
+
 def _engine(url, patience):
-    safe = shown_url(url)
-    try:
-        url = sql.make_url(url)
-        if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"): Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = sql.create_engine(url, pool_pre_ping=True)
-    except (sql.exc.ArgumentError, ValueError): raise InputError(f"database {safe!r}: not a database URL; use one such as sqlite:///data/annotations/ratings.db") from None
-    except ImportError as e: raise InputError(f"database {safe!r}: its driver is missing ({e}); install it, for PostgreSQL with pip install 'psycopg[binary]' and postgresql+psycopg:// in the URL") from None
-    if url.get_backend_name() == "sqlite": sql.event.listen(engine, "connect", _tune_sqlite(patience))
+    try: engine = _connect(url)
+    except (sql.exc.ArgumentError, ValueError):
+        raise InputError(f"database {shown_url(url)!r}: not a database URL; "
+                         "use one such as sqlite:///data/annotations/ratings.db") from None
+    except ImportError as e:
+        raise InputError(f"database {shown_url(url)!r}: its driver is missing ({e}); install it, for PostgreSQL with "
+                         "pip install 'psycopg[binary]' and postgresql+psycopg:// in the URL") from None
+    if engine.name == "sqlite": sql.event.listen(engine, "connect", _tune_sqlite(patience))
     return engine
 
-def _create(engine, patience=5):
-    "Make the tables that are not there; another process may be doing the same at this moment."
-    try:
-        with engine.begin() as c:
-            for table in _METADATA.sorted_tables:
-                c.execute(sql.schema.CreateTable(table, if_not_exists=True))
-                for index in table.indexes: c.execute(sql.schema.CreateIndex(index, if_not_exists=True))
-    except (sql.exc.OperationalError, sql.exc.ProgrammingError, sql.exc.IntegrityError):
-        if not patience: raise
-        time.sleep(.2); _create(engine, patience - 1)
+# %% ../../nbs/ratings/30_store.ipynb #68156b13
+_ATTEMPTS, _PAUSE = 6, .2  # to make the tables; seconds between two attempts
 
+def _make_tables(engine):
+    "Make those tables and indexes that are not there."
+    with engine.begin() as connection:
+        for table in _METADATA.sorted_tables:
+            connection.execute(sql.schema.CreateTable(table, if_not_exists=True))
+            for index in table.indexes: connection.execute(sql.schema.CreateIndex(index, if_not_exists=True))
+
+def _create(engine):
+    "Make the tables, also while another process does."
+    for left in reversed(range(_ATTEMPTS)):
+        try: return _make_tables(engine)
+        except (sql.exc.OperationalError, sql.exc.ProgrammingError, sql.exc.IntegrityError):
+            if not left: raise
+            time.sleep(_PAUSE)
+
+# %% ../../nbs/ratings/30_store.ipynb #e3d79f39
 class RatingStore:
     "Ratings in a SQL database; append-only, the newest entry of a rater, image and aspect counts."
     def __init__(self,
@@ -98,17 +128,24 @@ class RatingStore:
     ):
         self.engine = _engine(url, patience)
         try: _create(self.engine)
-        except sql.exc.SQLAlchemyError as e: raise InputError(f"database {shown_url(url)} cannot be opened ({getattr(e, 'orig', e)}); check that the server runs, or that the file is a SQLite database in a folder you may write to") from None
+        except sql.exc.SQLAlchemyError as e:
+            why = getattr(e, "orig", e)
+            raise InputError(f"database {shown_url(url)} cannot be opened ({why}); check that the server runs, or that "
+                             "the file is a SQLite database in a folder you may write to") from None
 
     def __repr__(self): return f"RatingStore({shown_url(self.engine.url)})"
 
-# %% ../../nbs/ratings/30_store.ipynb #cb33ce1d
+# %% ../../nbs/ratings/30_store.ipynb #f7e58e26
+_REASON_LENGTH = 120  # characters of what the database says that are shown
+
 class StoreError(InputError):
     "The database did not do what it was asked; `reason` is what it said."
     def __init__(self, url, error):
         while error.__cause__: error = error.__cause__
-        self.reason = " ".join(str(error).split())[:120]
-        super().__init__(f"database {shown_url(url)}: {self.reason}; nothing of this was stored, everything before is safe: free the database (another program, a full disk, a server that is down), then do it again")
+        self.reason = " ".join(str(error).split())[:_REASON_LENGTH]
+        super().__init__(f"database {shown_url(url)}: {self.reason}; nothing of this was stored, everything before "
+                         "is safe: free the database (another program, a full disk, a server that is down), "
+                         "then do it again")
 
 @contextmanager
 def _transaction(engine):
@@ -117,102 +154,117 @@ def _transaction(engine):
         with engine.begin() as connection: yield connection
     except (sql.exc.SQLAlchemyError, pd.errors.DatabaseError) as e: raise StoreError(engine.url, e) from None
 
-# %% ../../nbs/ratings/30_store.ipynb #5e2b64d6
-_NEEDED = "rater", "prompt_id", "image_path", "aspect"
-_KINDS = dict.fromkeys(_NEEDED, str) | dict(value=float, seconds=float, position=int, source=str, session=str)
+# %% ../../nbs/ratings/30_store.ipynb #f2e931ca
+_TYPES = dict.fromkeys(_NEEDED, str) | dict(value=float, seconds=float, position=int, source=str, session=str)
+
+def _refused(why): return InputError(f"{why}; nothing was stored")
 
 def _record(row, number, aspects):
     "A row as it is stored. Raises `InputError`."
-    found = {c: None if pd.isna(v := row.get(c)) else v for c in _KINDS}
-    if empty := [c for c in _NEEDED if not str(found[c] or "").strip()]: raise InputError(f"rating {number} has no {empty[0]}; nothing was stored")
-    try: found = {c: None if v is None else _KINDS[c](v) for c, v in found.items()}
-    except ValueError: raise InputError(f"rating {number}: {found}: value, seconds and position must be numbers; nothing was stored") from None
-    if found["aspect"] not in aspects: raise InputError(f"no aspect {found['aspect']!r}; there are: {', '.join(aspects)}; nothing was stored")
-    if found["value"] is not None and not LOWEST <= found["value"] <= HIGHEST:
-        raise InputError(f"rating {found['value']:g} of {found['image_path']} by {found['rater']}: a number from {LOWEST} to {HIGHEST} is needed; nothing was stored")
+    found = {c: None if pd.isna(v := row.get(c)) else v for c in _TYPES}
+    empty = [c for c in _NEEDED if not str(found[c] or "").strip()]
+    if empty: raise _refused(f"rating {number} has no {empty[0]}")
+    try: found = {c: None if v is None else _TYPES[c](v) for c, v in found.items()}
+    except ValueError:
+        raise _refused(f"rating {number}: {found}: value, seconds and position must be numbers") from None
+    aspect, value = found["aspect"], found["value"]
+    if aspect not in aspects: raise _refused(f"no aspect {aspect!r}; there are: {', '.join(aspects)}")
+    if value is not None and not LOWEST <= value <= HIGHEST:
+        raise _refused(f"rating {value:g} of {found['image_path']} by {found['rater']}: "
+                       f"a number from {LOWEST} to {HIGHEST} is needed")
     return found
 
-# %% ../../nbs/ratings/30_store.ipynb #ccc604b5
-from fastcore.basics import patch
-
+# %% ../../nbs/ratings/30_store.ipynb #f8dafe43
 @patch
 def add(self: RatingStore,
-    rows,                   # DataFrame or list of dicts with the `TIDY` columns; value None withdraws; optional: seconds, position, session, source
-    source: str = "api",    # where those come from that do not say it: panel, csv, simulated, …
+    rows,                    # DataFrame or list of dicts with the `TIDY` columns; value None withdraws;
+                             # optional: seconds, position, session, source
+    source: str = "api",     # where those come from that do not say it: panel, csv, simulated, …
     aspects: tuple = NAMES,  # those allowed, besides the overall rating
-) -> int:                   # how many were stored
+) -> int:                    # how many were stored
     "Append ratings. Raises `InputError` and stores nothing if one of them is faulty."
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
-    if missing := [c for c in TIDY if rows and c not in rows[0]]: raise InputError(f"ratings lack {', '.join(missing)}; nothing was stored")
-    found = [_record(row, n, (*aspects, OVERALL)) for n, row in enumerate(rows)]
+    if not rows: return 0
+    missing = [c for c in TIDY if c not in rows[0]]
+    if missing: raise _refused(f"ratings lack {', '.join(missing)}")
+    found = [_record(row, number, (*aspects, OVERALL)) for number, row in enumerate(rows)]
     more = dict(rubric=rubric_version(), created_at=_now())
-    if not found: return 0
-    with _transaction(self.engine) as c: c.execute(RATINGS.insert(), [r | more | dict(source=r["source"] or source) for r in found])
-    return len(found)
+    entries = [r | more | dict(source=r["source"] or source) for r in found]
+    with _transaction(self.engine) as c: c.execute(RATINGS.insert(), entries)
+    return len(entries)
 
-# %% ../../nbs/ratings/30_store.ipynb #6dadfef4
-ASIDE = ("repeat", "calibration")  # sources whose answers do not count as ratings
-
+# %% ../../nbs/ratings/30_store.ipynb #d9a70778
 def _newest(table, where=()):
-    last = sql.select(sql.func.max(table.c.id)).where(*where).group_by(table.c.rater, table.c.image_path, table.c.aspect)
+    "The query for the entries that count."
+    last = sql.select(sql.func.max(table.c.id)).where(*where)
+    last = last.group_by(table.c.rater, table.c.image_path, table.c.aspect)
     return sql.select(table).where(table.c.id.in_(last), table.c.value.is_not(None)).order_by(table.c.id)
 
+# %% ../../nbs/ratings/30_store.ipynb #075d415a
 @patch
-def ratings(self: RatingStore,
-    rater: str = "",    # only this rater's
-    source: str = "",   # only what came from there; the newest of that source then counts. Default: all but those set aside
-    overall: bool = False,  # also the overall ratings
-) -> pd.DataFrame:      # with the `TIDY` columns
-    "The ratings that count."
-    where = [RATINGS.c[k] == v for k, v in dict(rater=rater, source=source).items() if v]
-    if not source: where.append(RATINGS.c.source.not_in(ASIDE))
-    if not overall: where.append(RATINGS.c.aspect != OVERALL)
-    with _transaction(self.engine) as c: return pd.read_sql(_newest(RATINGS, where), c)[list(TIDY)]
-
-@patch
-def repeats(self: RatingStore) -> pd.DataFrame:  # the `TIDY` columns and `again`, the value given at the second look
-    "What was rated twice by the same rater; the first value counts, the second only tells how consistent they are."
-    again = self.ratings(source="repeat").rename(columns=dict(value="again"))
-    return self.ratings().merge(again.drop(columns="prompt_id"), on=["rater", "image_path", "aspect"])
-
-@patch
-def history(self: RatingStore) -> pd.DataFrame:
+def history(self: RatingStore) -> pd.DataFrame:  # the columns of the table
     "Every entry ever made, in order."
     with _transaction(self.engine) as c: return pd.read_sql(sql.select(RATINGS).order_by(RATINGS.c.id), c)
 
-# %% ../../nbs/ratings/30_store.ipynb #5a29d2ef
+# %% ../../nbs/ratings/30_store.ipynb #4c27353a
+ASIDE = ("repeat", "calibration")  # sources whose answers do not count as ratings
+
+@patch
+def ratings(self: RatingStore,
+    rater: str = "",        # only this rater's
+    source: str = "",       # only what came from there, whose newest then counts; default: all but those set aside
+    overall: bool = False,  # also the overall ratings
+) -> pd.DataFrame:          # with the `TIDY` columns
+    "The ratings that count."
+    where = [RATINGS.c.source == source if source else RATINGS.c.source.not_in(ASIDE)]
+    if rater: where.append(RATINGS.c.rater == rater)
+    if not overall: where.append(RATINGS.c.aspect != OVERALL)
+    with _transaction(self.engine) as c: return pd.read_sql(_newest(RATINGS, where), c)[list(TIDY)]
+
+# %% ../../nbs/ratings/30_store.ipynb #d994162e
+@patch
+def repeats(self: RatingStore) -> pd.DataFrame:  # the `TIDY` columns and `again`, the value given at the second look
+    "What was rated twice by the same rater."
+    again = self.ratings(source="repeat").rename(columns=dict(value="again"))
+    return self.ratings().merge(again.drop(columns="prompt_id"), on=["rater", "image_path", "aspect"])
+
+# %% ../../nbs/ratings/30_store.ipynb #96626707
 @patch
 def last_changes(self: RatingStore,
-    rater: str,
+    rater: str,        # whose
     sources: tuple = ("panel", "repeat", "calibration"),  # only entries that came from there
     limit: int = 200,  # how many, the newest
 ) -> pd.DataFrame:     # image_path, aspect, source, value, before (NaN: none), oldest first
     "The last entries of a rater, each with the value that counted before."
-    aside = sql.case((RATINGS.c.source.in_(ASIDE), RATINGS.c.source), else_="")
-    before = sql.func.lag(RATINGS.c.value).over(partition_by=(RATINGS.c.image_path, RATINGS.c.aspect, aside), order_by=RATINGS.c.id).label("before")
-    every = sql.select(RATINGS.c.id, RATINGS.c.image_path, RATINGS.c.aspect, RATINGS.c.source, RATINGS.c.value, before).where(RATINGS.c.rater == rater).subquery()
+    entry = RATINGS.c
+    aside = sql.case((entry.source.in_(ASIDE), entry.source), else_="")
+    before = sql.func.lag(entry.value).over(partition_by=(entry.image_path, entry.aspect, aside), order_by=entry.id)
+    shown = entry.id, entry.image_path, entry.aspect, entry.source, entry.value, before.label("before")
+    every = sql.select(*shown).where(entry.rater == rater).subquery()
     newest = sql.select(every).where(every.c.source.in_(sources)).order_by(every.c.id.desc()).limit(limit)
     with _transaction(self.engine) as c: found = pd.read_sql(newest, c)[::-1].reset_index(drop=True)
     return found.drop(columns="id").astype(dict(value=float, before=float))
 
-# %% ../../nbs/ratings/30_store.ipynb #66c0baf2
+# %% ../../nbs/ratings/30_store.ipynb #65f18620
 REMARK_KINDS = ("flag", "note", "skip")
 
 @patch
 def remark(self: RatingStore,
-    rater: str,
-    prompt_id: str,
-    image_path: str,
-    kind: str,           # one of `REMARK_KINDS`
-    text: str = "yes",   # None or "" withdraws it
+    rater: str,           # who
+    prompt_id: str,       # of the image
+    image_path: str,      # about which image
+    kind: str,            # one of `REMARK_KINDS`
+    text: str = "yes",    # None or "" withdraws it
     source: str = "api",  # where it comes from
-    session: str = None,
+    session: str = None,  # of the panel
 ):
-    "Append a remark about an image."
+    "Append a remark about an image. Raises `InputError` for another kind."
     if kind not in REMARK_KINDS: raise InputError(f"no remark {kind!r}; there are: {', '.join(REMARK_KINDS)}")
-    entry = dict(rater=rater, prompt_id=prompt_id, image_path=image_path, aspect=kind, value=text or None, source=source, session=session, created_at=_now())
+    entry = dict(rater=rater, prompt_id=prompt_id, image_path=image_path, aspect=kind, value=text or None,
+                 source=source, session=session, created_at=_now())
     with _transaction(self.engine) as c: c.execute(REMARKS.insert(), [entry])
 
+# %% ../../nbs/ratings/30_store.ipynb #12a439d0
 @patch
 def remarks(self: RatingStore,
     rater: str = "",  # only this rater's
@@ -222,35 +274,41 @@ def remarks(self: RatingStore,
     with _transaction(self.engine) as c: found = pd.read_sql(_newest(REMARKS, where), c)
     return found.rename(columns=dict(aspect="kind", value="text"))[["rater", "prompt_id", "image_path", "kind", "text"]]
 
-# %% ../../nbs/ratings/30_store.ipynb #70ee64a8
+# %% ../../nbs/ratings/30_store.ipynb #d4dcff2d
 ASSIGNED = ("rater", "block", "prompt_id", "image_path", "aspect")  # its columns; a block is one sitting
 
 def write_assignment(
-    path,                   # CSV to write
-    table: pd.DataFrame,    # with the columns `ASSIGNED`
+    path,                 # CSV to write
+    table: pd.DataFrame,  # with the columns `ASSIGNED`
 ):
     "Write who rates what."
     with atomic_path(path) as p: table[list(ASSIGNED)].to_csv(p, index=False)
 
+# %% ../../nbs/ratings/30_store.ipynb #0a87bbe4
+def _check_assigned(row):
+    for column in "rater", "image_path":
+        if not row[column]: raise InputError(row.fault(column, "must not be empty"))
+    if row["aspect"] not in NAMES:
+        raise InputError(row.fault("aspect", f"no such aspect; there are: {', '.join(NAMES)}"))
+    if not row["block"].isdigit(): raise InputError(row.fault("block", "a whole number is needed"))
+
 def read_assignment(
-    path,              # CSV
-) -> pd.DataFrame:     # with the columns `ASSIGNED`
+    path,           # CSV
+) -> pd.DataFrame:  # with the columns `ASSIGNED`
     "Who rates what. Raises `InputError` that names the first bad line."
     rows = read_table(path, ASSIGNED)
-    for row in rows:
-        if not row["rater"] or not row["image_path"]: raise InputError(row.fault("rater" if not row["rater"] else "image_path", "must not be empty"))
-        if row["aspect"] not in NAMES: raise InputError(row.fault("aspect", f"no such aspect; there are: {', '.join(NAMES)}"))
-        if not row["block"].isdigit(): raise InputError(row.fault("block", "a whole number is needed"))
+    for row in rows: _check_assigned(row)
     table = pd.DataFrame([{c: row[c] for c in ASSIGNED} for row in rows], columns=list(ASSIGNED))
-    return table.astype({c: int if c == "block" else str for c in ASSIGNED})
+    return table.astype(dict.fromkeys(ASSIGNED, str) | dict(block=int))
 
-# %% ../../nbs/ratings/30_store.ipynb #e00cf195
+# %% ../../nbs/ratings/30_store.ipynb #bb1cdcac
 def aspect_order(
     names,  # aspects, any order
-) -> list:
+) -> list:  # each once
     "The five in their usual order, then others by name."
     return [n for n in NAMES if n in set(names)] + sorted(set(names) - set(NAMES))
 
+# %% ../../nbs/ratings/30_store.ipynb #16273fa7
 def mean_ratings(
     tidy: pd.DataFrame,  # ratings with the `TIDY` columns
 ) -> pd.DataFrame:       # image_path × aspect, NaN where nobody rated
