@@ -28,7 +28,9 @@ def render():
     parts, pictures = [], {}
     for cell in read_nb(NOTEBOOK).cells:
         if "hide" in cell.directives: continue
-        if cell.cell_type == "markdown": parts.append(from_root(cell.source)); continue
+        if cell.cell_type == "markdown":
+            parts.append(from_root(cell.source))
+            continue
         code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
         if cell.directives.get("echo") != "false": parts.append(f"```python\n{code}\n```")
         parts += [output(cell, number, out, pictures) for number, out in enumerate(cell.outputs)]
@@ -37,11 +39,12 @@ def render():
 def faults():
     "What is out of step, as a list."
     text, pictures = render()
-    stale = [str(IMAGES / name) for name, data in pictures.items() if not (IMAGES / name).exists() or (IMAGES / name).read_bytes() != data]
-    return [str(README)] * (not README.exists() or README.read_text(encoding="utf-8") != text) + stale
+    made = {README: text.encode()} | {IMAGES / name: data for name, data in pictures.items()}
+    return [str(path) for path, data in made.items() if not path.exists() or path.read_bytes() != data]
 
 def main():
-    if "--check" in sys.argv: sys.exit("\n".join(f"{path}: not in step with nbs/index.ipynb; make readme" for path in faults()) or None)
+    if "--check" in sys.argv:
+        sys.exit("\n".join(f"{path}: not in step with nbs/index.ipynb; make readme" for path in faults()) or None)
     text, pictures = render()
     for old in IMAGES.glob("index-*.png"): old.unlink()
     if pictures: IMAGES.mkdir(exist_ok=True)
