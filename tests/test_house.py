@@ -202,6 +202,83 @@ def test_lines_are_easy_to_read(path):
     faults = [fault for source in sources for fault in hard_to_read(source, notebook)]
     assert not faults, "\n".join(faults)
 
+# The order of the rooms
+
+PACKAGE = {module_name(m): m for m in MODULES}
+NUMBERED = [n for n in NOTEBOOKS if re.match(r"\d", n.name) and n.parent.name != "tutorials"]  # those with a module
+
+def room(path):
+    "The room of a notebook or module; `top` for those above all rooms."
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if len(parts) > 2 else "top"
+
+def number(notebook):
+    return int(notebook.name.split("_")[0])
+
+PLACES = {".".join(["mhrlhf", *n.relative_to(ROOT / "nbs").parts[:-1], n.stem.split("_", 1)[1]]):
+          (ROOMS.index(room(n)), number(n)) for n in NUMBERED if room(n) in ROOMS}
+
+def imported_modules(source, module, package=PACKAGE):
+    "Modules of this package that a module imports, also inside of its functions; `mhrlhf` for the public face."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if not isinstance(node, ast.ImportFrom): continue
+        above = module.split(".")[:-node.level] if node.level else []
+        target = ".".join([*above, *filter(None, [node.module])])
+        inner = {f"{target}.{a.name}" for a in node.names}  # from . import files
+        found |= (inner & set(package)) or {target}
+    return {name for name in found if name.split(".")[0] == "mhrlhf"}
+
+def against_the_stream(source, module, places):
+    "What a module imports although it stands beside or behind it."
+    imported = imported_modules(source, module, places)
+    return sorted(name for name in imported if name not in places or places[name] >= places[module])
+
+@pytest.mark.parametrize("source, faults", [
+    ("from ..core.files import inside", []), ("from .b import x", []), ("from . import b", []), ("import torch", []),
+    ("from .d import x", ["mhrlhf.images.d"]), ("def f():\n    from mhrlhf.tuning.e import x", ["mhrlhf.tuning.e"]),
+    ("from mhrlhf import run", ["mhrlhf"]), ("import mhrlhf.tuning.e", ["mhrlhf.tuning.e"]),
+    ("from .c import itself", ["mhrlhf.images.c"]), ("from ..tuning import e", ["mhrlhf.tuning.e"]),
+])
+def test_the_order_is_seen(source, faults):
+    places = {"mhrlhf.core.files": (0, 1), "mhrlhf.images.b": (1, 10), "mhrlhf.images.c": (1, 11),
+              "mhrlhf.images.d": (1, 12), "mhrlhf.tuning.e": (5, 50)}
+    assert against_the_stream(source, "mhrlhf.images.c", places) == faults
+
+@pytest.mark.parametrize("module", MODULES, ids=names(MODULES))
+def test_data_flows_one_way(module):
+    """A module imports only from rooms before its own and, within its room, from notebooks with a smaller number;
+    imports inside of functions count too. The pocket stands before the ratings although data reaches it last: it is
+    the world that stands in for people and pictures, and annotate, evaluate and the workflow ask its scenes and its
+    judge."""
+    faults = against_the_stream(module.read_text(encoding="utf-8"), module_name(module), PLACES)
+    assert not faults, f"{module_name(module)} imports what comes after it: {faults}"
+
+def test_stages_are_the_one_late_binding():
+    "A module that is named by a text is a stage, and `core.settings.MODULES` names it."
+    from mhrlhf.core.settings import MODULES as stages
+    assert {f"mhrlhf.{name}" for name in stages.values()} <= set(PACKAGE)
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call): continue
+            call = ast.unparse(node)
+            late = ast.unparse(node.func).endswith(("import_module", "__import__"))
+            assert not late or "MODULES[" in call, f"{module_name(module)}: {call}"
+
+def test_rooms_are_the_same_in_notebooks_and_modules():
+    assert set(PLACES) == set(PACKAGE), sorted(set(PLACES) ^ set(PACKAGE))
+    packages = {p.parent.name for p in (ROOT / "mhrlhf").glob("*/__init__.py")}
+    assert {room(n) for n in NUMBERED} == set(ROOMS) and packages == set(ROOMS) - {"top"}
+    for name in packages:
+        assert not (ROOT / f"mhrlhf/{name}/__init__.py").read_text(), f"{name}: a room's face is its modules"
+
+def test_numbers_follow_the_rooms():
+    numbers = [number(n) for n in NUMBERED]
+    assert len(set(numbers)) == len(numbers), sorted(n for n in set(numbers) if numbers.count(n) > 1)
+    rooms = [ROOMS.index(room(n)) for n in sorted(NUMBERED, key=number)]
+    assert rooms == sorted(rooms), "a number that belongs into another room"
+
 # README, package, settings
 
 DOCUMENTS = ("README.md",)
