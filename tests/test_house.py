@@ -279,6 +279,31 @@ def test_numbers_follow_the_rooms():
     rooms = [ROOMS.index(room(n)) for n in sorted(NUMBERED, key=number)]
     assert rooms == sorted(rooms), "a number that belongs into another room"
 
+# The public face
+
+FACE = """
+import mhrlhf, sys
+assert mhrlhf.__all__ == list(mhrlhf._FACE) and set(mhrlhf.__all__) <= set(dir(mhrlhf)) and "torch" not in sys.modules
+for name, (module, there) in mhrlhf._FACE.items():
+    assert getattr(mhrlhf, name) is getattr(sys.modules[f"mhrlhf.{module}"], there), name
+from mhrlhf import *
+"""
+
+def test_every_public_name_is_there(tmp_path):
+    done = outside(FACE, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+def test_public_names_are_the_same_for_type_checkers():
+    tree = ast.parse((ROOT / "mhrlhf/__init__.py").read_text(encoding="utf-8"))
+    said = {n.asname or n.name: (f.module, n.name) for f in ast.walk(tree) if isinstance(f, ast.ImportFrom) and f.level
+            for n in f.names}
+    table = next(n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_FACE")
+    assert said == ast.literal_eval(table.value)
+
+def test_an_unknown_public_name_is_told(tmp_path):
+    done = outside("import mhrlhf; mhrlhf.no_such_name", tmp_path)
+    assert "module 'mhrlhf' has no attribute 'no_such_name'" in done.stderr
+
 # README, package, settings
 
 DOCUMENTS = ("README.md",)
