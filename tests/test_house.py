@@ -306,7 +306,7 @@ def test_an_unknown_public_name_is_told(tmp_path):
 
 # README, package, settings
 
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 DOOR = ("settings.ini", "pyproject.toml", "Makefile", "requirements.txt")
 
 def test_readme_is_in_step_with_the_index():
@@ -318,10 +318,30 @@ def test_readme_lists_every_notebook():
     missing = [name for name in names(NOTEBOOKS) if f"({name})" not in text and name != "nbs/index.ipynb"]
     assert not missing, f"{missing}; make readme"
 
-def test_readme_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def dead_links(text, folder):
     links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    return [link for link in links if not (folder / link).exists()]
+
+def test_readme_links_lead_somewhere():
+    for name in DOCUMENTS: assert dead_links((ROOT / name).read_text(encoding="utf-8"), ROOT) == [], name
+
+@pytest.mark.parametrize("name", ROOMS[:-1])
+def test_a_rooms_page_shows_its_notebooks_and_names_what_is_there(name):
+    page = ROOT / f"nbs/{name}/index.ipynb"
+    text = prose(page)
+    listed = re.findall(r"\]\((\d+_\w+\.ipynb)\)", text)
+    assert listed == [n.name for n in NUMBERED if room(n) == name], "make readme"
+    assert dead_links(text, page.parent) == []
+    for module, there in re.findall(rf"`((?:{'|'.join(ROOMS)})\.\w+)\.(\w+)", text):
+        tree = ast.parse(PACKAGE[f"mhrlhf.{module}"].read_text(encoding="utf-8"))
+        exports = next(n.value for n in tree.body if ast.unparse(n).startswith("__all__"))
+        assert there in ast.literal_eval(exports), f"{module} has no {there}"
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
+def test_documents_name_files_that_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = re.findall(r"(?:nbs|tests|tools|data)/[\w/]*\.\w+", text)
+    assert named and [n for n in named if not (ROOT / n).exists()] == []
 
 def test_documents_name_only_commands_that_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
