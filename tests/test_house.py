@@ -2,8 +2,10 @@
 from functools import cache
 from pathlib import Path
 from statistics import median
-import ast, filecmp, json, os, re, shutil, subprocess, sys, zipfile
+import ast, filecmp, json, os, re, shutil, subprocess, sys, tomllib, zipfile
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -364,6 +366,14 @@ def shipped_texts():
 def test_no_file_knows_the_machine_that_made_it(path):
     found = [m[0] for m in MACHINE_PATH.finditer(path.read_text(encoding="utf-8")) if m[0] not in EXAMPLES]
     assert not found, f"{found[:3]}: paths are relative to the project, also in weights and outputs"
+
+def test_every_dependency_has_a_lower_bound_that_the_pinned_version_keeps():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [Requirement(r) for r in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
+    lines = [line.split(" ;")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    assert [r.name for r in asked if not any(s.operator == ">=" for s in r.specifier)] == []
+    assert [r.name for r in asked if pinned[canonicalize_name(r.name)] not in r.specifier] == []
 
 def test_requirements_are_pinned_and_name_no_place():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
