@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOWEST', 'HIGHEST', 'ASPECTS', 'NAMES', 'COLUMNS', 'Aspect']
 
-# %% ../../nbs/core/00_aspects.ipynb #f3e55d4f
+# %% ../../nbs/core/00_aspects.ipynb #b26c7e68
 from dataclasses import dataclass
 
-# %% ../../nbs/core/00_aspects.ipynb #c57d2cb0
+# %% ../../nbs/core/00_aspects.ipynb #ca6aeb0d
 @dataclass(frozen=True)
 class Aspect:
     "One thing that is judged."
@@ -17,15 +17,17 @@ class Aspect:
     question: str  # what the rater is asked
     rubric: dict   # rating -> what an image with that rating looks like
 
+# %% ../../nbs/core/00_aspects.ipynb #92a8747c
 LOWEST, HIGHEST = 0, 10  # of the rating scale, both allowed
 
-# %% ../../nbs/core/00_aspects.ipynb #2faa1cbb
+# %% ../../nbs/core/00_aspects.ipynb #c6fd7719
 ASPECTS = (
     Aspect("spatial", "spatial_rating", "Composition: placement, balance, depth, use of the frame",
            {9: "Every element has its place; the eye is led; nothing is cut or crowded",
             5: "Readable, but static, centred by default or slightly off balance",
             2: "Important parts cut off, too small or colliding; no order"}),
-    Aspect("iconographic", "icono_rating", "Content: are the subject and the setting that the prompt names really there?",
+    Aspect("iconographic", "icono_rating",
+           "Content: are the subject and the setting that the prompt names really there?",
            {9: "Exactly what was asked for, recognisable at once",
             5: "The subject is there but doubtful, or the setting is missing",
             2: "Something else, or nothing recognisable"}),
@@ -42,5 +44,7 @@ ASPECTS = (
             5: "Plausible but plain surfaces, weak light or pale colour",
             2: "Flat, washed out, without light"}),
 )
+
+# %% ../../nbs/core/00_aspects.ipynb #f4ff6051
 NAMES = tuple(a.name for a in ASPECTS)
 COLUMNS = tuple(a.column for a in ASPECTS)

@@ -5,40 +5,45 @@
 # %% auto #0
 __all__ = ['choose_device', 'choose_dtype', 'one_thread']
 
-# %% ../../nbs/core/04_devices.ipynb #6529d075
+# %% ../../nbs/core/04_devices.ipynb #f717ddee
 from contextlib import contextmanager
+import os
 
 import torch
 
 from .files import InputError
 
-# %% ../../nbs/core/04_devices.ipynb #8c8d73a2
+# %% ../../nbs/core/04_devices.ipynb #63a681aa
 def choose_device(
     name: str = "auto",  # auto, cpu, cuda, cuda:1
 ) -> torch.device:
-    "`auto` is this process's CUDA device where there is one, else the CPU."
+    "`auto` is this process's CUDA device where there is one, else the CPU. Raises `InputError`."
     if name == "auto":
-        import os
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available(): raise InputError(f"device {name}: no CUDA GPU is visible; use cpu or auto")
+        if not torch.cuda.is_available(): return torch.device("cpu")
+        rank = int(os.environ.get("LOCAL_RANK", 0))  # of this process among those on this machine
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {name}: no CUDA GPU is visible; use cpu or auto")
     try: return torch.device(name)
     except RuntimeError: raise InputError(f"device {name!r}: not a device; use auto, cpu or cuda") from None
 
+# %% ../../nbs/core/04_devices.ipynb #6555f0ad
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 def choose_dtype(
     name: str,             # auto, float32, bfloat16, float16
-    device: torch.device,
+    device: torch.device,  # see `choose_device`
 ) -> torch.dtype:
-    "`auto` is bfloat16 on a GPU (float16 adapters fail to unscale) and float32 on the CPU."
-    return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    "`auto` is bfloat16 on a GPU and float32 on the CPU."
+    if name == "auto": name = "bfloat16" if device.type == "cuda" else "float32"
+    return _DTYPES[name]
 
-# %% ../../nbs/core/04_devices.ipynb #c59d9ef9
+# %% ../../nbs/core/04_devices.ipynb #7aa20fab
 @contextmanager
 def one_thread(
     device: str = "auto",  # see `choose_device`
 ):
-    "On CPU, one thread for each worker: faster than many threads for one, and the same bits for any number of workers."
-    import torch
-
+    "On CPU, one thread within the block; as many as before after it."
     before = torch.get_num_threads()
     if choose_device(device).type == "cpu": torch.set_num_threads(1)
     try: yield

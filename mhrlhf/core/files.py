@@ -6,64 +6,73 @@
 __all__ = ['InputError', 'atomic_path', 'write_json', 'read_json', 'write_csv', 'inside', 'Row', 'delimiter_of', 'read_table',
            'raise_faults', 'fingerprint']
 
-# %% ../../nbs/core/01_files.ipynb #eaed4752
+# %% ../../nbs/core/01_files.ipynb #b4662b0d
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import csv, hashlib, io, json, os, re
 
-# %% ../../nbs/core/01_files.ipynb #49a5f8ec
+# %% ../../nbs/core/01_files.ipynb #72e969af
 class InputError(ValueError):
     "Bad input. The message names file, line, value and remedy; commands print it and exit with code 2."
 
-# %% ../../nbs/core/01_files.ipynb #0e415763
+# %% ../../nbs/core/01_files.ipynb #dc6e36ed
+_STEM = 40  # characters of a file's name that its temporary name keeps: file systems allow 255 bytes
+
 @contextmanager
 def atomic_path(
-    path,  # where the file will be
+    path,  # where the file will be; its folder is made
 ):
     "A temporary path beside `path`, renamed to it at the end; removed if the block fails."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:40]}-{os.getpid()}-{os.urandom(3).hex()}{path.suffix}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:_STEM]}-{os.getpid()}-{os.urandom(3).hex()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/core/01_files.ipynb #d4fa8289
+# %% ../../nbs/core/01_files.ipynb #033862ce
 def write_json(
     path,   # file to write
-    value,  # anything `json` can write
+    value,  # anything `json` can write; of other things, such as paths, their text
 ):
     "Write JSON atomically."
     with atomic_path(path) as p: p.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
-def read_json(path):
-    "Read JSON; a damaged file is an `InputError`."
+def read_json(
+    path,  # file to read
+):
+    "The value in a JSON file. Raises `InputError` for a missing or damaged one."
     try: return json.loads(Path(path).read_text())
     except FileNotFoundError: raise InputError(f"{path}: no such file") from None
     except ValueError as e: raise InputError(f"{path}: not JSON ({e}); restore it or make it again") from None
 
+# %% ../../nbs/core/01_files.ipynb #c92b32b5
 def write_csv(
     path,           # file to write
     rows,           # an iterable of dicts
-    columns: list,  # header, in order; other keys are an error
+    columns: list,  # header, in order; a row with other keys is a `ValueError`
 ):
     "Write a CSV atomically."
     with atomic_path(path) as p, open(p, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns); writer.writeheader(); writer.writerows(rows)
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
-# %% ../../nbs/core/01_files.ipynb #59d89e2d
+# %% ../../nbs/core/01_files.ipynb #b863326b
 def inside(
     root,   # the folder that must not be left
     path,   # a path relative to it
-) -> Path:
-    "`root/path`, or `InputError` if that lies outside `root`."
+) -> Path:  # absolute
+    "`root/path`. Raises `InputError` if that lies outside `root`."
     if "\0" in str(path): raise InputError(f"path with a NUL byte: {str(path)!r}")
     full = (Path(root) / path).resolve()
-    if not full.is_relative_to(Path(root).resolve()): raise InputError(f"path leaves {root}: {str(path)!r}; paths are relative to the project")
+    if not full.is_relative_to(Path(root).resolve()):
+        raise InputError(f"path leaves {root}: {str(path)!r}; paths are relative to the project")
     return full
 
-# %% ../../nbs/core/01_files.ipynb #7a15b61e
+# %% ../../nbs/core/01_files.ipynb #ae7096d4
 @dataclass(frozen=True)
 class Row:
     "One line of a table."
@@ -72,90 +81,143 @@ class Row:
     values: dict  # column -> text, stripped; "" where nothing stands
 
     def __getitem__(self, column): return self.values[column]
-    def get(self, column): return self.values.get(column, "")
-    def fault(self, column, why): return f"{self.path}:{self.line}: column {column}, value {self.get(column)!r}: {why}"
 
+    def get(self, column: str) -> str:
+        "A cell's text; \"\" where the table has no such column."
+        return self.values.get(column, "")
+
+    def fault(self, column: str, why: str) -> str:
+        "A message with the place and the value."
+        return f"{self.path}:{self.line}: column {column}, value {self.get(column)!r}: {why}"
+
+# %% ../../nbs/core/01_files.ipynb #0ea5819a
 def _text(path):
-    try: return Path(path).read_bytes().decode("utf-8-sig")
+    "The text of a file without its byte-order mark."
+    try: content = Path(path).read_bytes()
     except FileNotFoundError: raise InputError(f"{path}: no such file") from None
     except PermissionError: raise InputError(f"{path}: may not be read; change its rights") from None
     except IsADirectoryError: raise InputError(f"{path}: is a folder, a CSV file is needed") from None
+    try: return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = Path(path).read_bytes()[:e.start].count(b"\n") + 1
+        line = content[:e.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
-# %% ../../nbs/core/01_files.ipynb #84cd807f
-_COMMENT = re.compile(r'\s*(^|[,;\s])#(?![0-9A-Fa-f]{6}\b)[^",;]*$')
-_TEXTS = ("prompt", "note")  # columns that are never cut at a #
-
+# %% ../../nbs/core/01_files.ipynb #45f19880
 def delimiter_of(
     header: str,  # the first line
 ) -> str:
     "What stands between the cells of a CSV: a comma, a semicolon or a tab."
     return max(",;\t", key=header.count)
 
+# %% ../../nbs/core/01_files.ipynb #7e42ea11
+_TEXTS = ("prompt", "note")  # columns of free text: they may hold line breaks, and are never cut at a #
+
+def _names(cells):
+    "Column names of a header."
+    return [c.strip().lower() for c in cells]
+
+def _stray_quote(lines, cells, names, last):
+    "Whether a record of several lines is one only because a quote was not closed."
+    if len(lines) == 1: return False
+    if last and "".join(lines).count('"') % 2: return True
+    return any("\n" in cell.strip() and name not in _TEXTS for name, cell in zip(names, cells))
+
+# %% ../../nbs/core/01_files.ipynb #91f1588c
 def _records(text, delimiter):
-    "(line, cells) of each record; a quote that is not closed spoils its own line only, whose cells are None."
-    lines, done, names = io.StringIO(text, newline="").readlines(), 0, None
+    "(line, cells) of each record, the header first; cells are None in a line with a stray quote."
+    lines = io.StringIO(text, newline="").readlines()
+    done, names = 0, None
     while done < len(lines):
-        reader, start = csv.reader(lines[done:], delimiter=delimiter), done
+        start = done
+        reader = csv.reader(lines[start:], delimiter=delimiter)
         try:
             for cells in reader:
                 end = start + reader.line_num
-                names = names or [n.strip().lower() for n in cells]
-                stray = end > done + 1 and (end == len(lines) and "".join(lines[done:end]).count('"') % 2 or any("\n" in c.strip() and n not in _TEXTS for n, c in zip(names, cells)))
-                if stray: raise csv.Error
+                names = names or _names(cells)
+                if _stray_quote(lines[done:end], cells, names, last=end == len(lines)): raise csv.Error
                 yield done + 1, cells
                 done = end
-        except csv.Error: yield (done := done + 1), None
+        except csv.Error:
+            done += 1
+            yield done, None
 
+# %% ../../nbs/core/01_files.ipynb #ae988fba
+_COMMENT = re.compile(r'\s*(^|[,;\s])#(?![0-9A-Fa-f]{6}\b)[^",;]*$')  # at the end of a cell; a colour is none
+_MARK = re.compile(r"(^|\s)#\s")    # where a comment begins
+_TEXT_MARK = re.compile(r"^#\s")    # the same after a text, in which what follows a # may be meant
+
+def _without_comment(cells, names):
+    "The cells of a line without the comment behind them."
+    text, width = names[-1] in _TEXTS, len(names)
+    mark = _TEXT_MARK if text else _MARK
+    if len(cells) > width and (cells[width].startswith("#") or mark.search(cells[width - 1])): cells = cells[:width]
+    meant = text and len(cells) >= width and not mark.match(cells[-1])
+    return cells if meant else [*cells[:-1], _COMMENT.sub("", cells[-1])]
+
+# %% ../../nbs/core/01_files.ipynb #7cd9afdd
 def _row(path, line, names, cells):
+    "A `Row`; None for a line that is empty or only a comment. Raises `InputError` for a broken line."
     if cells is None: raise InputError(f"{path}:{line}: cannot be read as CSV; is a quote not closed?")
     cells = [c.strip() for c in cells]
     if not any(cells) or cells[0].startswith("#"): return None
-    mark = r"^#\s" if names[-1] in _TEXTS else r"(^|\s)#\s"  # in a text, what follows # may be meant
-    if len(cells) > len(names) and (cells[len(names)].startswith("#") or re.search(mark, cells[len(names) - 1])): cells = cells[:len(names)]
-    if len(cells) < len(names) or names[-1] not in _TEXTS or re.match(mark, cells[-1]): cells[-1] = _COMMENT.sub("", cells[-1])
-    if len(cells) > len(names) and any(cells[len(names):]): raise InputError(f"{path}:{line}: {len(cells)} cells where the header has {len(names)}; quote text that holds commas")
-    return Row(str(path), line, dict(zip(names, cells + [""] * (len(names) - len(cells)))))
+    cells = _without_comment(cells, names)
+    if any(cells[len(names):]):
+        counts = f"{len(cells)} cells where the header has {len(names)}"
+        raise InputError(f"{path}:{line}: {counts}; quote text that holds commas")
+    missing = [""] * (len(names) - len(cells))
+    return Row(str(path), line, dict(zip(names, cells + missing)))
 
-# %% ../../nbs/core/01_files.ipynb #2aadf14e
+# %% ../../nbs/core/01_files.ipynb #e7fe2639
+def _header(path, records, columns):
+    "The names in the first record. Raises `InputError`."
+    line, cells = next(records, (1, []))
+    names = _names(cells or [])
+    if missing := [c for c in columns if c not in names]:
+        there = ", ".join(names) or "nothing"
+        raise InputError(f"{path}:1: missing column {', '.join(missing)}; the header has: {there}")
+    if twice := [n for n in dict.fromkeys(names) if n and names.count(n) > 1]:
+        raise InputError(f"{path}:1: column {', '.join(twice)} stands twice; remove or rename one of the two")
+    return names
+
+# %% ../../nbs/core/01_files.ipynb #3f985e68
 def read_table(
-    path,                # CSV file
+    path,                 # CSV file
     columns: tuple = (),  # columns that must be there
     faults: list = None,  # collects the messages of broken lines; default: the first one is raised
-) -> list:               # of `Row`
+) -> list:                # of `Row`
     "All rows of a CSV; blank lines and lines that are only a comment are left out. Raises `InputError`."
     text = _text(path)
     records = _records(text, delimiter_of(next(iter(text.splitlines()), "")))
-    names = [n.strip().lower() for n in next(records, (1, []))[1] or []]
-    if missing := [c for c in columns if c not in names]:
-        raise InputError(f"{path}:1: missing column {', '.join(missing)}; the header has: {', '.join(names) or 'nothing'}")
-    if twice := [n for n in dict.fromkeys(names) if n and names.count(n) > 1]: raise InputError(f"{path}:1: column {', '.join(twice)} stands twice; remove or rename one of the two")
+    names = _header(path, records, columns)
     rows = []
     for line, cells in records:
         try: row = _row(path, line, names, cells)
         except InputError as e:
             if faults is None: raise
-            row = faults.append(str(e))
+            faults.append(str(e))
+            continue
         if row: rows.append(row)
     return rows
 
-# %% ../../nbs/core/01_files.ipynb #fc93082a
+# %% ../../nbs/core/01_files.ipynb #3b71692d
 def raise_faults(
-    faults: list,       # messages, one a fault
-    shown: int = 20,    # how many are printed in full
+    faults: list,     # messages, one a fault
+    shown: int = 20,  # how many are printed in full
 ):
     "Raise one `InputError` that lists all faults, if there are any."
     if not faults: return
     more = f"\n… and {len(faults) - shown} more" if len(faults) > shown else ""
     raise InputError("\n".join(faults[:shown]) + more)
 
-# %% ../../nbs/core/01_files.ipynb #f4143088
+# %% ../../nbs/core/01_files.ipynb #5200e288
+_DIGITS = 16  # hexadecimal digits of a fingerprint, 64 bits: no two of a million things share one by chance
+
 def fingerprint(
-    *values,  # anything `json` can write, or bytes
-) -> str:     # 16 hex digits
+    *values,  # bytes, or anything `json` can write; of other things their text
+) -> str:     # hexadecimal digits
     "A stable hash of values."
     h = hashlib.sha256()
-    for v in values: h.update(v if isinstance(v, bytes) else json.dumps(v, sort_keys=True, default=str).encode()); h.update(b"\0")
-    return h.hexdigest()[:16]
+    for value in values:
+        h.update(value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, default=str).encode())
+        h.update(b"\0")  # so that ("ab", "c") is not ("a", "bc")
+    return h.hexdigest()[:_DIGITS]

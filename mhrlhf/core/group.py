@@ -5,127 +5,207 @@
 # %% auto #0
 __all__ = ['join_group', 'launched_worker', 'launch', 'Team']
 
-# %% ../../nbs/core/06_group.ipynb #26309ff6
+# %% ../../nbs/core/06_group.ipynb #f16d9ec8
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
 import importlib, json, math, os, select, shutil, signal, subprocess, sys, tempfile, threading
 
+from fastcore.basics import patch
 from torch import Tensor
 import torch
 
-from .files import InputError, read_json, write_json
+from .devices import choose_device
+from .files import InputError, raise_faults, read_json, write_json
 from .settings import MODULES, STAGES
 
-# %% ../../nbs/core/06_group.ipynb #7d3b7df4
+# %% ../../nbs/core/06_group.ipynb #700c8475
+def _check_gpus():
+    "Each worker on this machine needs a GPU, else `InputError`."
+    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if here > gpus: raise InputError(f"{here} workers, but this machine shows {gpus} GPU; use --processes {gpus}")
+
 def join_group(
     device: str = "auto",  # see `choose_device`
-):
-    "This process's place among the workers: rank, world, store."
-    import torch
-    from mhrlhf.core.devices import choose_device
+) -> tuple:                # rank, number of processes, their common store of counters
+    "This process's place among the workers. Raises `RuntimeError` if the group is not as large as was asked for."
     world, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), choose_device(device).type == "cuda"
     if world == 1: return 0, 1, torch.distributed.HashStore()
-    if on_gpu and (here := int(os.environ["LOCAL_WORLD_SIZE"])) > (gpus := torch.cuda.device_count()):
-        raise InputError(f"{here} workers, but this machine shows {gpus} GPU; use --processes {gpus}")
+    if on_gpu: _check_gpus()
     from accelerate import Accelerator
     group = Accelerator(cpu=not on_gpu)
-    if group.num_processes != world: raise RuntimeError(f"{world} workers were launched, but the group has {group.num_processes}; launch with: accelerate launch --multi_gpu")
+    if group.num_processes != world:
+        found = f"{world} workers were launched, but the group has {group.num_processes}"
+        raise RuntimeError(f"{found}; launch with: accelerate launch --multi_gpu")
     store = torch.distributed.distributed_c10d._get_default_store()
-    # accelerate's own restarts keep the store, so each needs counters of its own
-    return group.process_index, world, torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # a restart keeps the store, but counts anew
+    return group.process_index, world, torch.distributed.PrefixStore(f"attempt-{attempt}", store)
 
-# %% ../../nbs/core/06_group.ipynb #ef925561
-_FIGURES = "\x1efigures "
+# %% ../../nbs/core/06_group.ipynb #559c0b36
+def _accelerate(processes):
+    "The words before a command that start it so many times, as one group."
+    flags = dict(num_processes=processes, num_machines=1, mixed_precision="no", dynamo_backend="no",
+                 main_process_port=0, num_cpu_threads_per_process=1)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--no_python"]
+    return [*launch, *[f"--{name}={value}" for name, value in flags.items()]]
+
+# %% ../../nbs/core/06_group.ipynb #f2f13c4b
+_FIGURES = "\x1efigures "  # how a line with figures begins: no text begins with a record separator
+
+def _print_figures(figures):
+    "How a worker shows figures to its launcher."
+    print(_FIGURES + json.dumps(figures), flush=True)
+
+def _follow(lines, show):
+    "Show what comes from the workers, until nothing more can come."
+    for line in lines:
+        if line.startswith(_FIGURES): show(json.loads(line.removeprefix(_FIGURES)))
+        else: show(dict(line=line.rstrip("\n")))
+
+# %% ../../nbs/core/06_group.ipynb #40918804
+_GLANCE = .3  # seconds between two looks at the parent
 
 def _end_with_launcher():
     "End this process when its launcher or its parent is gone."
     parent = os.getppid()
     def watch():
         while os.getppid() == parent:
-            if select.select([0], [], [], .3)[0] and not os.read(0, 1): break
+            ready = select.select([0], [], [], _GLANCE)[0]
+            if ready and not os.read(0, 1): break  # the other end of standard input is closed
         os._exit(0)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../../nbs/core/06_group.ipynb #38695cbb
+_AFTER_CLOSING, _AFTER_ASKING = 10, 40  # seconds; accelerate takes half a minute to end what hangs
+
+def _ended(process, seconds):
+    "Whether it ends within this time."
+    try: process.wait(seconds)
+    except subprocess.TimeoutExpired: return False
+    return True
+
+def _stop(process):
+    "End a process and those that it started."
+    process.stdin.close()
+    process.stdout.close()
+    if _ended(process, _AFTER_CLOSING): return
+    process.terminate()
+    if _ended(process, _AFTER_ASKING): return
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+# %% ../../nbs/core/06_group.ipynb #11e66fab
+def _run(command, log, show):
+    "Run a command and show what it prints; returns its exit code. What it says on standard error goes into the log."
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                                   start_new_session=True)
+    try:
+        _follow(process.stdout, show)
+        return process.wait()
+    finally: _stop(process)
+
+# %% ../../nbs/core/06_group.ipynb #d3dee2a7
+def _read_settings(path):
+    "Stage and settings that `launch` wrote."
+    stage, values = read_json(path)
+    kinds = get_type_hints(STAGES[stage])
+    return stage, STAGES[stage](**{k: Path(v) if kinds[k] is Path else v for k, v in values.items()})
+
 def launched_worker():
-    "What a process does that `launch` started; faults go into a file that the launcher reads."
+    "What a process does that `launch` started."
     _end_with_launcher()
     folder = Path(sys.argv[1])
-    show = lambda figures: print(_FIGURES + json.dumps(figures), flush=True)
     stage, settings = _read_settings(folder/"settings.json")
-    try: importlib.import_module(f"mhrlhf.{MODULES[stage]}").work_in_group(settings, show)
+    module = importlib.import_module(f"mhrlhf.{MODULES[stage]}")
+    try: module.work_in_group(settings, _print_figures)
     except InputError as e: (folder/f"fault-{os.environ['RANK']}.txt").write_text(str(e))
 
-def _read_settings(path):
-    stage, values = read_json(path)
-    kind = STAGES[stage]; kinds = get_type_hints(kind)
-    return stage, kind(**{k: Path(v) if kinds[k] is Path else v for k, v in values.items()})
+# %% ../../nbs/core/06_group.ipynb #1aca74fc
+_WORKER = "from mhrlhf.core.group import launched_worker; launched_worker()"
 
-# %% ../../nbs/core/06_group.ipynb #b32106f4
 def _command(settings, folder):
-    flags = dict(num_processes=settings.processes, num_machines=1, mixed_precision="no", dynamo_backend="no", main_process_port=0,
-                 num_cpu_threads_per_process=1)
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *[f"--{k}={v}" for k, v in flags.items()],
-            "--no_python", sys.executable, "-c", "from mhrlhf.core.group import launched_worker; launched_worker()", str(folder)]
+    return [*_accelerate(settings.processes), sys.executable, "-c", _WORKER, str(folder)]
 
 def launch(
     stage: str,  # whose module has a `work_in_group(settings, show)`
     settings,    # of the stage, with `processes`
-    show=print,  # called with a dict of figures
+    show=print,  # called with a dict of figures, or with {"line": text}
 ) -> str:        # what went wrong; "" if nothing did
     "Run `settings.processes` workers to their end. Raises `InputError` for faults that the user can mend."
     folder = Path(tempfile.mkdtemp(prefix="mhrlhf-"))
     write_json(folder/"settings.json", [stage, asdict(settings)])
-    with open(folder/"log.txt", "w") as log:
-        process = subprocess.Popen(_command(settings, folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-    try: _follow(process, show); code = process.wait()
-    finally: _stop(process)
-    if faults := sorted({f.read_text() for f in folder.glob("fault-*.txt")}): shutil.rmtree(folder, ignore_errors=True); raise InputError("\n".join(faults))
-    if code: return f"a worker or its launcher died (what they said is in {folder/'log.txt'})"
+    log = folder/"log.txt"
+    code = _run(_command(settings, folder), log, show)
+    faults = sorted({f.read_text() for f in folder.glob("fault-*.txt")})
+    if code and not faults: return f"a worker or its launcher died (what they said is in {log})"
     shutil.rmtree(folder, ignore_errors=True)
+    raise_faults(faults)
     return ""
 
-# %% ../../nbs/core/06_group.ipynb #83f4c36e
-def _follow(process, show):
-    for line in process.stdout:
-        show(json.loads(line.removeprefix(_FIGURES)) if line.startswith(_FIGURES) else dict(line=line.rstrip("\n")))
-
-def _stop(process):
-    "Close the pipe that the workers watch and give them time to end; then accelerate ends what hangs, for which it takes half a minute."
-    process.stdin.close(); process.stdout.close()
-    for end, seconds in ((lambda: None, 10), (process.terminate, 40), (lambda: os.killpg(process.pid, signal.SIGKILL), None)):
-        try: end(); process.wait(seconds); return
-        except subprocess.TimeoutExpired: pass
-
-# %% ../../nbs/core/06_group.ipynb #20aad1de
+# %% ../../nbs/core/06_group.ipynb #004a236a
 @dataclass
 class Team:
     "This process among its equals; one process is a team of its own."
-    rank: int = 0
-    world: int = 1
+    rank: int = 0   # this process's number, from 0
+    world: int = 1  # number of processes
 
-    def deal(self, n: int) -> list:
-        "Indices of this process's items; the last ones stand twice where n does not divide."
-        return [min(i, n - 1) for i in range(self.rank, math.ceil(n / self.world) * self.world, self.world)]
+# %% ../../nbs/core/06_group.ipynb #d81d567c
+@patch
+def _turns(self: Team, n):
+    "Numbers of the items dealt to this process, beyond n - 1 for those that are too many."
+    return range(self.rank, math.ceil(n / self.world) * self.world, self.world)
 
-    def share(self, n: int) -> Tensor:  # (dealt,)
-        "Weights of this process's items, such that the processes' average of weighted sums is the mean of all n items."
-        return (torch.arange(self.rank, math.ceil(n / self.world) * self.world, self.world) < n).float() * self.world / n
+@patch
+def deal(
+    self: Team,
+    n: int,  # items in all
+) -> list:
+    "Indices of this process's items."
+    return [min(i, n - 1) for i in self._turns(n)]
 
-    def gather(self, part: Tensor, n: int) -> Tensor:  # (dealt, ...) -> (n, ...), the same on every process
-        "All items in their order."
-        if self.world == 1: return part
-        parts = [torch.empty_like(part) for _ in range(self.world)]
-        torch.distributed.all_gather(parts, part.contiguous())
-        return torch.stack(parts, 1).flatten(0, 1)[:n]
+@patch
+def share(
+    self: Team,
+    n: int,   # items in all
+) -> Tensor:  # (dealt,)
+    "Weights of this process's items, such that the processes' average of weighted sums is the mean of all n items."
+    return torch.tensor([i < n for i in self._turns(n)]).float() * self.world / n
 
-    def average_gradients(self, parameters):
-        if self.world == 1: return
-        flat = torch.cat([p.grad.flatten() for p in parameters]); torch.distributed.all_reduce(flat); flat /= self.world
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])): p.grad.copy_(g.view_as(p))
+# %% ../../nbs/core/06_group.ipynb #304992cd
+@patch
+def gather(
+    self: Team,
+    part: Tensor,  # (dealt, ...) of this process
+    n: int,        # items in all
+) -> Tensor:       # (n, ...), the same on every process
+    "All items in their order."
+    if self.world == 1: return part
+    parts = [torch.empty_like(part) for _ in range(self.world)]
+    torch.distributed.all_gather(parts, part.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)[:n]
 
-    def agree(self, flag: bool, device) -> bool:
-        "What process 0 says."
-        if self.world == 1: return flag
-        word = torch.tensor([flag], dtype=torch.int32, device=device); torch.distributed.broadcast(word, 0)
-        return bool(word.item())
+# %% ../../nbs/core/06_group.ipynb #6e5913cf
+@patch
+def average_gradients(
+    self: Team,
+    parameters: list,  # with gradients, in the same order on every process
+):
+    "Every process gets the mean of all processes' gradients."
+    if self.world == 1: return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    flat /= self.world
+    for p, g in zip(parameters, flat.split([p.numel() for p in parameters])): p.grad.copy_(g.view_as(p))
+
+@patch
+def agree(
+    self: Team,
+    flag: bool,  # of this process
+    device,      # of the process, for the message goes over its network
+) -> bool:
+    "What process 0 says."
+    if self.world == 1: return flag
+    word = torch.tensor([flag], dtype=torch.int32, device=device)
+    torch.distributed.broadcast(word, 0)
+    return bool(word.item())

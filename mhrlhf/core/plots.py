@@ -6,69 +6,92 @@
 __all__ = ['figure', 'save_figure', 'picture_grid', 'scatter_per_aspect', 'residuals_per_aspect', 'reliability_per_aspect',
            'heat_maps', 'interval_bars', 'history_curves']
 
-# %% ../../nbs/core/07_plots.ipynb #ca71035f
+# %% ../../nbs/core/07_plots.ipynb #ab2b1eb8
 from pathlib import Path
 
 import numpy as np
 
+from .aspects import HIGHEST, LOWEST
 from .files import atomic_path
 
-# %% ../../nbs/core/07_plots.ipynb #fd01ea0c
+# %% ../../nbs/core/07_plots.ipynb #5b847acf
+_SMALL, _TINY = 8, 6  # points: titles and labels, and what stands beside many small pictures
+_FIGURE_DPI, _GRID_DPI, _FILE_DPI = 80, 90, 100
+
 def figure(
-    rows: int = 1,     # of axes
-    columns: int = 1,  # of axes
+    rows: int = 1,      # of axes
+    columns: int = 1,   # of axes
     size: float = 2.6,  # inches per axes
-    **options,         # of `Figure.subplots`
-):
-    "A figure and its flat list of axes."
+    **options,          # of `Figure.subplots`
+) -> tuple:             # figure, flat list of its axes
+    "A figure and its axes."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(columns * size, rows * size), dpi=80, layout="constrained")
+    fig = Figure(figsize=(columns * size, rows * size), dpi=_FIGURE_DPI, layout="constrained")
     return fig, list(np.atleast_1d(fig.subplots(rows, columns, **options)).flat)
 
-def save_figure(fig, path):
+# %% ../../nbs/core/07_plots.ipynb #4685a570
+def save_figure(
+    fig,   # a matplotlib figure
+    path,  # file to write; its ending says the format
+) -> Path:
     "Write a figure atomically; returns the path."
-    with atomic_path(path) as p: fig.savefig(p, dpi=100)
+    with atomic_path(path) as p: fig.savefig(p, dpi=_FILE_DPI)
     return Path(path)
 
-# %% ../../nbs/core/07_plots.ipynb #555d00db
+# %% ../../nbs/core/07_plots.ipynb #efe24ed2
+def _show_picture(ax, picture=None):
+    "A picture, or nothing, without ticks and frame."
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    if picture is not None: ax.imshow(np.asarray(picture), interpolation="nearest")
+
 def picture_grid(
-    rows,               # list of rows; a row is a list or array of (h, w, 3) uint8 pictures
-    row_titles=None,    # a text per row
+    rows,                # list of rows; a row is a list or array of (h, w, 3) uint8 pictures
+    row_titles=None,     # a text per row
     column_titles=None,  # a text per column
-    scale: float = 1.,  # inches per picture
-    captions=None,      # a text under each picture, in rows like the pictures
+    scale: float = 1.,   # inches per picture
+    captions=None,       # a text under each picture, in rows like the pictures
 ):
-    "Pictures in rows, with titles at the margins."
+    "A figure with pictures in rows, titles at the margins."
     from matplotlib.figure import Figure
-    rows = [list(r) for r in rows]; columns = max(map(len, rows))
-    fig = Figure(figsize=(columns * scale + .9, len(rows) * scale + .4), dpi=90, layout="constrained")
+    rows = [list(row) for row in rows]
+    columns = max(map(len, rows))
+    fig = Figure(figsize=(columns * scale + .9, len(rows) * scale + .4), dpi=_GRID_DPI, layout="constrained")
     axes = fig.subplots(len(rows), columns, squeeze=False)
     for i, row in enumerate(rows):
-        for j, ax in enumerate(axes[i]):
-            ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-            if j < len(row): ax.imshow(np.asarray(row[j]), interpolation="nearest")
-            if captions is not None and j < len(row): ax.set_xlabel(captions[i][j], fontsize=6, labelpad=1)
-            if row_titles is not None and j == 0: ax.set_ylabel(row_titles[i], fontsize=8)
-            if column_titles is not None and i == 0: ax.set_title(column_titles[j], fontsize=6)
+        for ax, picture in zip(axes[i], [*row, *[None] * (columns - len(row))]): _show_picture(ax, picture)
+        for ax, text in zip(axes[i], captions[i] if captions is not None else ()):
+            ax.set_xlabel(text, fontsize=_TINY, labelpad=1)
+        if row_titles is not None: axes[i, 0].set_ylabel(row_titles[i], fontsize=_SMALL)
+    for ax, text in zip(axes[0], column_titles if column_titles is not None else ()):
+        ax.set_title(text, fontsize=_TINY)
     return fig
 
-# %% ../../nbs/core/07_plots.ipynb #53bff143
+# %% ../../nbs/core/07_plots.ipynb #b01469af
+def _on_the_scale(ax, xlabel, title):
+    "Both axes as long as the rating scale, with the diagonal."
+    scale = LOWEST, HIGHEST
+    ax.plot(scale, scale, color="0.8", lw=1, zorder=0)
+    ax.set(xlabel=xlabel, xlim=scale, ylim=scale)
+    ax.set_title(title, fontsize=_SMALL)
+
 def scatter_per_aspect(
-    predicted,  # DataFrame image x aspect
-    rated,      # the same shape, NaN where not rated
+    predicted,    # DataFrame image x aspect
+    rated,        # the same shape, NaN where not rated
     titles=None,  # aspect -> text, such as its correlation with interval
 ):
     "One scatter per aspect, predicted against rated."
-    names = list(predicted.columns)
+    names, titles = list(predicted.columns), titles or {}
     fig, axes = figure(1, len(names), sharex=True, sharey=True)
     for ax, name in zip(axes, names):
-        ax.plot([0, 10], [0, 10], color="0.8", lw=1, zorder=0)
         ax.scatter(rated[name], predicted[name], s=6, alpha=.4, lw=0)
-        ax.set(xlabel="rated", xlim=(0, 10), ylim=(0, 10)); ax.set_title((titles or {}).get(name, name), fontsize=8)
+        _on_the_scale(ax, "rated", titles.get(name, name))
     axes[0].set_ylabel("predicted")
     return fig
 
-# %% ../../nbs/core/07_plots.ipynb #69807d2b
+# %% ../../nbs/core/07_plots.ipynb #8136e74e
+_WINDOWS = 8  # the running mean is over so many-th part of the images
+
 def residuals_per_aspect(
     predicted,  # DataFrame image x aspect
     rated,      # the same shape, NaN where not rated
@@ -77,30 +100,46 @@ def residuals_per_aspect(
     names = list(predicted.columns)
     fig, axes = figure(1, len(names), sharey=True)
     for ax, name in zip(axes, names):
-        known = rated[name].notna().values; x = predicted[name].values[known]; order = np.argsort(x)
-        x, error = x[order], (x - rated[name].values[known])[order]
-        width = max(len(x) // 8, 1); mean = lambda v: np.convolve(v, np.ones(width) / width, "valid")
-        ax.axhline(0, color="0.8", lw=1, zorder=0); ax.scatter(x, error, s=6, alpha=.3, lw=0); ax.plot(mean(x), mean(error), color="C3", lw=1.5)
-        ax.set_xlabel("predicted"); ax.set_title(name, fontsize=8)
+        known = rated[name].notna().values
+        x, error = predicted[name].values[known], (predicted[name] - rated[name]).values[known]
+        order = np.argsort(x)
+        window = np.ones(max(len(x) // _WINDOWS, 1))
+        means = [np.convolve(values[order], window / len(window), "valid") for values in (x, error)]
+        ax.axhline(0, color="0.8", lw=1, zorder=0)
+        ax.scatter(x, error, s=6, alpha=.3, lw=0)
+        ax.plot(*means, color="C3", lw=1.5)
+        ax.set_xlabel("predicted")
+        ax.set_title(name, fontsize=_SMALL)
     axes[0].set_ylabel("predicted − rated")
     return fig
 
+# %% ../../nbs/core/07_plots.ipynb #8a05d712
 def reliability_per_aspect(
-    bins: dict,  # aspect -> DataFrame with predicted, rated, rated_low, rated_high
+    bins: dict,   # aspect -> DataFrame with predicted, rated, rated_low, rated_high
     titles=None,  # aspect -> text
 ):
     "Mean rating over mean prediction, with intervals."
+    titles = titles or {}
     fig, axes = figure(1, len(bins), sharex=True, sharey=True)
     for ax, (name, b) in zip(axes, bins.items()):
-        ax.plot([0, 10], [0, 10], color="0.8", lw=1, zorder=0)
-        ax.errorbar(b.predicted, b.rated, yerr=[(b.rated - b.rated_low).clip(lower=0), (b.rated_high - b.rated).clip(lower=0)], fmt="o-", ms=3, lw=1, capsize=2)
-        ax.set(xlabel="predicted", xlim=(0, 10), ylim=(0, 10)); ax.set_title((titles or {}).get(name, name), fontsize=8)
+        below, above = (b.rated - b.rated_low).clip(lower=0), (b.rated_high - b.rated).clip(lower=0)
+        ax.errorbar(b.predicted, b.rated, yerr=[below, above], fmt="o-", ms=3, lw=1, capsize=2)
+        _on_the_scale(ax, "predicted", titles.get(name, name))
     axes[0].set_ylabel("rated")
     return fig
 
-# %% ../../nbs/core/07_plots.ipynb #479ca8c4
+# %% ../../nbs/core/07_plots.ipynb #015de0da
+_PALE = .35  # share of the scale around its middle where a colour is so pale that black text is read on it
+
+def _write_cells(ax, values, low, high):
+    "Each cell's number, in a colour that can be read on the cell's."
+    middle, pale = (low + high) / 2, _PALE * (high - low)
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if abs(value - middle) > pale else "black"
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=_TINY + 1, color=color)
+
 def heat_maps(
-    tables: dict,  # title -> DataFrame of numbers
+    tables: dict,       # title -> DataFrame of numbers
     low: float = -1.,   # of the scale
     high: float = 1.,   # of the scale
     **labels,           # xlabel, ylabel
@@ -108,39 +147,46 @@ def heat_maps(
     "Tables side by side, each cell coloured and written."
     fig, axes = figure(1, len(tables), size=3.2)
     for ax, (title, table) in zip(axes, tables.items()):
-        ax.imshow(table.values.astype(float), vmin=low, vmax=high, cmap="RdBu_r")
-        ax.set_xticks(range(table.shape[1]), [str(c)[:9] for c in table.columns], rotation=60, fontsize=7); ax.set_yticks(range(len(table)), [str(i)[:14] for i in table.index], fontsize=7)
-        for i, row in enumerate(table.values):
-            for j, v in enumerate(row): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(v - (low + high) / 2) > .35 * (high - low) else "black")
-        ax.set_title(title, fontsize=8); ax.set(**labels)
+        values = table.values.astype(float)
+        ax.imshow(values, vmin=low, vmax=high, cmap="RdBu_r")
+        _write_cells(ax, values, low, high)
+        slanted = dict(rotation=45, ha="right", rotation_mode="anchor", fontsize=_TINY + 1)
+        ax.set_xticks(range(table.shape[1]), table.columns.map(str), **slanted)
+        ax.set_yticks(range(len(table)), table.index.map(str), fontsize=_TINY + 1)
+        ax.set_title(title, fontsize=_SMALL)
+        ax.set(**labels)
     return fig
 
-# %% ../../nbs/core/07_plots.ipynb #44cfcb44
+# %% ../../nbs/core/07_plots.ipynb #1d9a3ab8
 def interval_bars(
-    table,             # DataFrame, one row per bar
-    value: str,        # column of the estimate
-    low: str,          # column of the interval's lower end
-    high: str,         # column of the interval's upper end
+    table,                  # DataFrame, one row per bar
+    value: str,             # column of the estimate
+    low: str,               # column of the interval's lower end
+    high: str,              # column of the interval's upper end
     reference: float = 0.,  # a line that means "no change"
-    label: str = "",   # of the axis
+    label: str = "",        # of the axis
 ):
     "Estimates with their intervals, a row each."
     fig, (ax,) = figure(1, 1, size=3.4)
     where = np.arange(len(table))[::-1]
     ax.axvline(reference, color="0.7", lw=1)
-    ax.errorbar(table[value], where, xerr=[table[value] - table[low], table[high] - table[value]], fmt="o", capsize=3)
-    ax.set_yticks(where, table.index); ax.set_xlabel(label)
+    ends = [table[value] - table[low], table[high] - table[value]]
+    ax.errorbar(table[value], where, xerr=ends, fmt="o", capsize=3)
+    ax.set_yticks(where, table.index)
+    ax.set_xlabel(label)
     return fig
 
-# %% ../../nbs/core/07_plots.ipynb #a59dff68
+# %% ../../nbs/core/07_plots.ipynb #3e603957
 def history_curves(
-    history,        # DataFrame, one row per point in time
-    columns: list,  # one line each
-    x: str,         # column of the horizontal axis
+    history,          # DataFrame, one row per point in time
+    columns: list,    # one line each
+    x: str,           # column of the horizontal axis
     label: str = "",  # of the vertical axis
 ):
     "Lines over the course of a run."
     fig, (ax,) = figure(1, 1, size=3.6)
     for name in columns: ax.plot(history[x], history[name], marker=".", label=name)
-    ax.axhline(0, color="0.8", lw=1, zorder=0); ax.set(xlabel=x, ylabel=label); ax.legend(fontsize=7)
+    ax.axhline(0, color="0.8", lw=1, zorder=0)
+    ax.set(xlabel=x, ylabel=label)
+    ax.legend(fontsize=_TINY + 1)
     return fig

@@ -5,65 +5,116 @@
 # %% auto #0
 __all__ = ['progress_line', 'Progress', 'plain_faults']
 
-# %% ../../nbs/core/05_progress.ipynb #0c80f6f1
+# %% ../../nbs/core/05_progress.ipynb #8cece530
 from contextlib import contextmanager
 import errno, sys, time
 
+from fastcore.basics import patch
+from tqdm import tqdm
+
 from .files import InputError
 
-# %% ../../nbs/core/05_progress.ipynb #3a9025e0
-def _clock(seconds): return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+# %% ../../nbs/core/05_progress.ipynb #e0f1e096
+def _clock(seconds):
+    "Minutes and seconds, from an hour on with hours."
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+# %% ../../nbs/core/05_progress.ipynb #4f89ad9c
+_BAR = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} "  # of tqdm
+_KNOWN = dict(each=(), failed=0, before=0, most=float("inf"))  # what is taken for figures that are not given
+
+def _pace(done, total, seconds, before, most):
+    "Rate and time left; time taken at the end; nothing before there is a rate."
+    rate = (done - before) / max(seconds, 1e-9)  # per second
+    if not rate: return []
+    left = min((total - done) / rate, max(most, 0))
+    return [f"{60 * rate:.0f}/min", f"{_clock(left)} left" if done < total else f"in {_clock(seconds)}"]
 
 def progress_line(
-    figures: dict,  # done, total, seconds since the start; where known: each (done by each worker), failed, before (done by an earlier run), most (seconds that are left at most), anything else to tell
-    unit: str = "images",
+    figures: dict,         # done, total, seconds; where known: each, failed, before, most; anything else to tell
+    unit: str = "images",  # what is counted
 ) -> str:
     "How far a run is, how fast, and how long it will take."
-    from tqdm import tqdm
-    known = dict(each=(), failed=0, before=0, most=float("inf")) | figures
-    done, total, seconds, each, failed, before, most = (known.pop(k) for k in ("done", "total", "seconds", "each", "failed", "before", "most"))
-    rate = (done - before) / max(seconds, 1e-9)
-    parts = [tqdm.format_meter(done, total, seconds, bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} ") + unit]
-    if rate: parts += [f"{60 * rate:.0f}/min", f"{_clock(min((total - done) / rate, max(most, 0)))} left" if done < total else f"in {_clock(seconds)}"]
+    rest = _KNOWN | figures
+    done, total, seconds, before = (rest.pop(name) for name in ("done", "total", "seconds", "before"))
+    each, failed, most = (rest.pop(name) for name in ("each", "failed", "most"))
+    bar = tqdm.format_meter(done, total, seconds, bar_format=_BAR)
+    parts = [bar + unit, *_pace(done, total, seconds, before, most)]
     if len(each) > 1: parts.append("by worker: " + " ".join(map(str, each)))
     if failed: parts.append(f"{failed} FAILED")
-    return " · ".join(parts + [f"{k} {v}" for k, v in known.items()])
+    return " · ".join([*parts, *(f"{name} {value}" for name, value in rest.items())])
 
-# %% ../../nbs/core/05_progress.ipynb #ccad824f
+# %% ../../nbs/core/05_progress.ipynb #4407e4dc
+_REWRITTEN, _LOGGED = 1, 10  # seconds between two lines
+
 def _in_notebook():
     ipython = sys.modules.get("IPython")
     return bool(ipython and ipython.get_ipython())
 
 class Progress:
     "Shows what a stage reports: figures of `progress_line`, or a line of text."
-    def __init__(self, unit: str = "images"): self.unit, self.handle, self.shown_at, self.done, self.width, self.first = unit, None, 0., -1, 0, None
-    def __call__(self, figures):
-        if "line" in figures: self._clear(); print(figures["line"], flush=True); return
-        if self.first is None: self.first = figures["done"], time.time()
-        final, pause = figures["done"] >= figures["total"], 1 if _in_notebook() or sys.stdout.isatty() else 10
-        if figures["done"] == self.done or not final and time.time() - self.shown_at < pause: return
-        self.done, self.shown_at = figures["done"], time.time()
-        self._show(progress_line(dict(before=self.first[0], seconds=time.time() - self.first[1]) | figures if "seconds" not in figures else figures, self.unit))
-
-    def _show(self, line):
-        if _in_notebook():
-            from IPython.display import display
-            if self.handle: self.handle.update({"text/plain": line}, raw=True)
-            else: self.handle = display({"text/plain": line}, raw=True, display_id=True)
-        elif sys.stdout.isatty(): print(f"\r{line:<{self.width}}", end="", flush=True); self.width = max(self.width, len(line))
-        else: print(line, flush=True)
-
-    def _clear(self):
-        if self.width: print(f"\r{'':<{self.width}}\r", end="", flush=True)
+    def __init__(self, unit: str = "images"):  # what is counted
+        self.unit = unit
+        self.first = None     # how many were done when it began, and when that was
+        self.done = -1        # what was shown last
+        self.shown_at = 0.
+        self.handle = None    # of the notebook's output
+        self.width = 0        # characters to wipe from the terminal
 
     def close(self):
+        "Leave the terminal's line."
         if self.width: print(flush=True)
 
-# %% ../../nbs/core/05_progress.ipynb #55fc5e33
-_REMEDIES = {errno.ENOSPC: "the disk is full; free some space", errno.EDQUOT: "your quota is used up; free some space", errno.EROFS: "is on a read-only disk; choose another folder",
-             errno.EACCES: "may not be read or written; change its rights or choose another folder", errno.EPERM: "may not be read or written; change its rights or choose another folder",
-             errno.ENOTDIR: "a file is in the place of a folder; move it away", errno.EEXIST: "a file is in the place of a folder; move it away",
-             errno.EISDIR: "a folder is in the place of a file; move it away"}
+# %% ../../nbs/core/05_progress.ipynb #5f8f6d50
+@patch
+def _show(self: Progress, line):
+    if _in_notebook():
+        from IPython.display import display
+        if self.handle: self.handle.update({"text/plain": line}, raw=True)
+        else: self.handle = display({"text/plain": line}, raw=True, display_id=True)
+    elif sys.stdout.isatty():
+        print(f"\r{line:<{self.width}}", end="", flush=True)
+        self.width = max(self.width, len(line))
+    else: print(line, flush=True)
+
+@patch
+def _tell(self: Progress, text):
+    "A line of text, above the line that is rewritten."
+    if self.width: print(f"\r{'':<{self.width}}\r", end="", flush=True)
+    print(text, flush=True)
+
+# %% ../../nbs/core/05_progress.ipynb #d0066087
+@patch
+def __call__(
+    self: Progress,
+    figures: dict,  # of `progress_line`, where `seconds` may be missing; or {"line": text}
+):
+    "Show what is new."
+    if "line" in figures: return self._tell(figures["line"])
+    now, done = time.time(), figures["done"]
+    if self.first is None: self.first = done, now
+    pause = _REWRITTEN if _in_notebook() or sys.stdout.isatty() else _LOGGED
+    if done == self.done or done < figures["total"] and now - self.shown_at < pause: return
+    self.done, self.shown_at = done, now
+    if "seconds" not in figures: figures = dict(before=self.first[0], seconds=now - self.first[1]) | figures
+    self._show(progress_line(figures, self.unit))
+
+# %% ../../nbs/core/05_progress.ipynb #5b23c79b
+_SPACE = "free some space"
+_RIGHTS = "may not be read or written; change its rights or choose another folder"
+_FILE = "a file is in the place of a folder; move it away"
+_REMEDIES = {
+    errno.ENOSPC: f"the disk is full; {_SPACE}",
+    errno.EDQUOT: f"your quota is used up; {_SPACE}",
+    errno.EROFS: "is on a read-only disk; choose another folder",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENOTDIR: _FILE,
+    errno.EEXIST: _FILE,
+    errno.EISDIR: "a folder is in the place of a file; move it away",
+}
 
 @contextmanager
 def plain_faults():
@@ -71,4 +122,5 @@ def plain_faults():
     try: yield
     except OSError as e:
         if e.errno not in _REMEDIES: raise
-        raise InputError(f"{e.filename2 or e.filename or 'writing'}: {_REMEDIES[e.errno]}, then the same command goes on") from None
+        place = e.filename2 or e.filename or "writing"
+        raise InputError(f"{place}: {_REMEDIES[e.errno]}, then the same command goes on") from None

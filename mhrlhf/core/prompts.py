@@ -5,53 +5,76 @@
 # %% auto #0
 __all__ = ['Prompt', 'read_prompts', 'image_seed']
 
-# %% ../../nbs/core/03_prompts.ipynb #4910f932
+# %% ../../nbs/core/03_prompts.ipynb #a2a44075
 from dataclasses import dataclass
 import hashlib, re
 
 from .files import InputError, raise_faults, read_table
 
-# %% ../../nbs/core/03_prompts.ipynb #3324ce72
+# %% ../../nbs/core/03_prompts.ipynb #bdb2e3d7
 @dataclass(frozen=True)
 class Prompt:
     "One line of a prompts file."
-    prompt_id: str  # names the folder of its images: letters, digits, "_" and "-"
-    prompt: str     # what the image model is told
+    prompt_id: str   # names the folder of its images: letters, digits, "_" and "-"
+    prompt: str      # what the image model is told
     genre: str = ""  # a group for which results are shown separately
 
-# %% ../../nbs/core/03_prompts.ipynb #a8313edb
-_SAFE = re.compile(r"[A-Za-z0-9_-]{1,100}")
+# %% ../../nbs/core/03_prompts.ipynb #23b889c1
+_LONGEST = 100  # characters of an id; file systems allow 255 bytes, and what is made beside the folder adds to it
+_SAFE = re.compile(r"[A-Za-z0-9_-]+")
 
-def _prompt_faults(row, seen):
-    prompt_id = row["prompt_id"]
-    if not prompt_id: yield row.fault("prompt_id", "is empty; give every prompt an id of its own")
-    elif len(prompt_id) > 100: yield row.fault("prompt_id", f"has {len(prompt_id)} characters; 100 are allowed, for it names a folder")
-    elif not _SAFE.fullmatch(prompt_id): yield row.fault("prompt_id", "is no safe file name; use letters, digits, _ and - only")
-    elif first := seen.get(prompt_id.casefold()): yield row.fault("prompt_id", f"stands in line {first} already; give every prompt an id of its own")
-    seen.setdefault(prompt_id.casefold(), row.line)
-    if not row["prompt"]: yield row.fault("prompt", "is empty; write what the image shows, or remove the line")
-    if "\0" in row["prompt"]: yield row.fault("prompt", "holds a NUL byte; remove it")
-    if "\n" in row["prompt"] or "\r" in row["prompt"]: yield row.fault("prompt", "holds a line break; write it in one line, and see whether a quote was not closed")
+def _id_fault(prompt_id, first):
+    "What is wrong with an id, or an empty text; `first` is the line in which it stands already."
+    if not prompt_id: return "is empty; give every prompt an id of its own"
+    if len(prompt_id) > _LONGEST:
+        return f"has {len(prompt_id)} characters; {_LONGEST} are allowed, for it names a folder"
+    if not _SAFE.fullmatch(prompt_id): return "is no safe file name; use letters, digits, _ and - only"
+    return f"stands in line {first} already; give every prompt an id of its own" if first else ""
 
-# %% ../../nbs/core/03_prompts.ipynb #c79ce991
+# %% ../../nbs/core/03_prompts.ipynb #c5cd72be
+def _text_faults(text):
+    "What is wrong with a prompt's text, one by one."
+    if not text: yield "is empty; write what the image shows, or remove the line"
+    if "\0" in text: yield "holds a NUL byte; remove it"
+    if "\n" in text or "\r" in text:
+        yield "holds a line break; write it in one line, and see whether a quote was not closed"
+
+# %% ../../nbs/core/03_prompts.ipynb #64eab9ec
+def _faults(rows):
+    "Messages about all rows, in their order."
+    seen = {}  # id without its case -> line
+    for row in rows:
+        key = row["prompt_id"].casefold()
+        if why := _id_fault(row["prompt_id"], seen.get(key)): yield row.fault("prompt_id", why)
+        seen.setdefault(key, row.line)
+        for why in _text_faults(row["prompt"]): yield row.fault("prompt", why)
+
+# %% ../../nbs/core/03_prompts.ipynb #c5b02cad
+_SHOWN = 1000  # faults that are printed: a prompts file is mended in one go
+
+def _spaced(text):
+    "A text with single spaces."
+    return " ".join(text.split())
+
 def read_prompts(
     path,            # CSV with prompt_id, prompt and optionally genre
     limit: int = 0,  # only the first prompts; 0: all
 ) -> list:           # of `Prompt`
     "All prompts of a file. Raises one `InputError` that lists every bad line."
-    faults, seen = [], {}
+    faults = []
     rows = read_table(path, ("prompt_id", "prompt"), faults)
-    for row in rows: faults.extend(_prompt_faults(row, seen))
-    raise_faults(faults, 1000)
-    if not rows: raise InputError(f"{path}:1: no prompts; add a line for each, such as: p000,a 3d render of a fox in the snow")
+    raise_faults([*faults, *_faults(rows)], _SHOWN)
+    if not rows:
+        raise InputError(f"{path}:1: no prompts; add a line for each, such as: p000,a 3d render of a fox in the snow")
     if limit < 0: raise InputError(f"limit {limit}: 0 (all) or more is needed")
-    prompts = [Prompt(r["prompt_id"], " ".join(r["prompt"].split()), " ".join(r.get("genre").split())) for r in rows]
+    prompts = [Prompt(r["prompt_id"], _spaced(r["prompt"]), _spaced(r.get("genre"))) for r in rows]
     return prompts[:limit or None]
 
-# %% ../../nbs/core/03_prompts.ipynb #54bef1c4
+# %% ../../nbs/core/03_prompts.ipynb #3c22b0ba
 def image_seed(
-    prompt_id: str,
-    seed: int,  # 0, 1, … of this prompt
-) -> int:       # 63 bits, for `torch.Generator.manual_seed`
+    prompt_id: str,  # of the image's prompt
+    seed: int,       # 0, 1, … of this prompt
+) -> int:            # 63 bits, for `torch.Generator.manual_seed`
     "The seed of an image's noise, from its prompt's id and its seed alone."
-    return int.from_bytes(hashlib.sha256(f"{prompt_id}/{seed}".encode()).digest()[:8], "big") >> 1
+    digest = hashlib.sha256(f"{prompt_id}/{seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

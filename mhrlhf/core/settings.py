@@ -8,39 +8,57 @@ __all__ = ['STAGES', 'MODULES', 'Settings', 'PipelineSettings', 'SamplingSetting
            'MonitorSettings', 'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile',
            'profile_variant']
 
-# %% ../../nbs/core/02_settings.ipynb #b77ef6b4
+# %% ../../nbs/core/02_settings.ipynb #0cb7d443
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 import configparser, difflib, os, subprocess
 
 from .files import InputError, raise_faults
 
-# %% ../../nbs/core/02_settings.ipynb #47bf4339
-_SMALLEST = dict.fromkeys(("steps", "batch", "cache_every", "seeds", "processes", "count", "per_image", "sitting", "raters", "patience", "rank", "climb", "candidates", "prompts_per_rollout",
-                           "prompts_per_update", "rollouts", "updates", "shifts"), 1) | dict(folds=2, max_timestep=21, temperature=.001)  # of all other numbers: 0
+# %% ../../nbs/core/02_settings.ipynb #1e2f79a1
+_SMALLEST = {  # knob -> the least number that makes sense; of all others it is 0
+    "steps": 1, "batch": 1, "cache_every": 1,                # sampling
+    "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
+    "raters": 1, "per_image": 1, "sitting": 1,               # the panel
+    "folds": 2,                                              # one to learn from, one to check
+    "patience": 1, "rank": 1, "climb": 1, "shifts": 1,       # training
+    "candidates": 1, "prompts_per_rollout": 1, "prompts_per_update": 1, "rollouts": 1, "updates": 1,
+    "max_timestep": 21,                                      # timesteps are drawn from 20 on
+    "temperature": .001,                                     # it is divided by
+}
+_SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
+# %% ../../nbs/core/02_settings.ipynb #50a36b1b
 def _too_small(name, value):
     "What is needed instead, or an empty text."
-    least = _SMALLEST.get(name, 0)
     if not isinstance(value, (int, float)): return ""
-    if name in ("width", "height") and value % 8: return "a multiple of 8 is needed"
+    if name in ("width", "height") and value % _SIDE: return f"a multiple of {_SIDE} is needed"
+    least = _SMALLEST.get(name, 0)
     return "" if value >= least else f"{least} or more is needed"
 
+# %% ../../nbs/core/02_settings.ipynb #9bb72910
 class Settings:
     "What the settings of all stages have in common: none of their numbers is too small, else `InputError`."
-    def __post_init__(self): raise_faults([f"{name.replace('_', '-')} {value}: {why}" for name, value in vars(self).items() if (why := _too_small(name, value))])
+    def __post_init__(self):
+        faults = []
+        for name, value in vars(self).items():
+            if why := _too_small(name, value): faults.append(f"{name.replace('_', '-')} {value}: {why}")
+        raise_faults(faults)
 
-# %% ../../nbs/core/02_settings.ipynb #cb0664e0
+# %% ../../nbs/core/02_settings.ipynb #ded9041a
 @dataclass(frozen=True)
 class PipelineSettings(Settings):
     "Which image model."
     pipeline: str = "pocket"  # "pocket", a local folder, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0
-    vae: str = ""             # replaces the pipeline's VAE (folder or hub id); SDXL's own overflows in fp16. LOSSY with a tiny one, for previews: madebyollin/taesdxl, or pocket-tiny
+    # replaces the pipeline's VAE (folder or hub id); SDXL's own overflows in fp16.
+    # LOSSY with a tiny one, for previews: madebyollin/taesdxl, or pocket-tiny
+    vae: str = ""
     device: str = "auto"      # auto: cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
+    # auto: bfloat16 on GPU, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
+# %% ../../nbs/core/02_settings.ipynb #930782df
 @dataclass(frozen=True)
 class SamplingSettings(PipelineSettings):
     "How images are sampled."
@@ -52,7 +70,7 @@ class SamplingSettings(PipelineSettings):
     guidance_until: float = 1.0   # LOSSY below 1: share of the steps that are guided; 0.6 saves a sixth of the time
     cache_every: int = 1          # LOSSY above 1: the whole UNet only every so many steps (DeepCache); 2 saves a third
 
-# %% ../../nbs/core/02_settings.ipynb #d62178ae
+# %% ../../nbs/core/02_settings.ipynb #d26d8a97
 @dataclass(frozen=True)
 class GenerateSettings(SamplingSettings):
     "Step 1: images from prompts."
@@ -67,36 +85,43 @@ class GenerateSettings(SamplingSettings):
     remake: bool = False                          # make images again that other settings or another prompt made
     profile: str = ""                             # the section these settings come from; noted in the metadata
 
+# %% ../../nbs/core/02_settings.ipynb #aee396e1
 @dataclass(frozen=True)
 class AnnotateSettings(Settings):
     "Steps 2 and 3: ratings of images."
-    metadata: Path = Path("data/generated.csv")                          # the images to rate
-    annotations: Path = Path("data/annotations/multihead_ratings.csv")   # rating sheet: template out, filled sheet in
-    database: str = "sqlite:///data/annotations/ratings.db"              # SQLAlchemy URL; PostgreSQL for a team
-    raters: tuple[str, ...] = ()   # people to share the images among, such as ann, or carl:style+material for an expert; writes the assignment
-    per_image: int = 3      # of these raters for each aspect of each image
-    sitting: int = 25       # images in a block, after which the order of the aspects changes
+    metadata: Path = Path("data/generated.csv")             # the images to rate
+    # rating sheet: template out, filled sheet in
+    annotations: Path = Path("data/annotations/multihead_ratings.csv")
+    database: str = "sqlite:///data/annotations/ratings.db"  # SQLAlchemy URL; PostgreSQL for a team
+    # people to share the images among, such as ann, or carl:style+material for an expert; writes the assignment
+    raters: tuple[str, ...] = ()
+    per_image: int = 3        # of these raters for each aspect of each image
+    sitting: int = 25         # images in a block, after which the order of the aspects changes
     one_aspect: bool = False  # within a block, one aspect at a time
-    more: int = 0           # further answers to ask for, where they tell most
-    uncertainty: str = ""   # CSV with image_path and <aspect>_uncertainty of a reward model, for --more
-    read: tuple[str, ...] = ()  # further filled sheets (CSV) and exports of Label Studio or Argilla (JSON) to take ratings from
-    people: str = ""        # CSV with user and rater: who is behind the numbers and UUIDs in those exports
-    csv: str = ""           # CSV to write: all ratings and remarks that count, in the sheet's columns
-    label_studio: str = ""  # folder to write: a Label Studio project of the images (config.xml, tasks.json)
-    argilla: str = ""       # folder to write: an Argilla dataset of the images; needs --address
-    address: str = ""       # what comes before an image's path in these two, such as https://server/; default: Label Studio's local files
-    answers: bool = False   # what was said so far goes with the images into these two
-    assignment: str = ""    # CSV of who rates what; default: assignment.csv beside the sheet; kept up to date with --raters
-    report: str = ""        # HTML file for the full report with pictures, such as outputs/panel.html
-    repeats: float = 0.     # share of the images that the served panel shows a second time
-    serve: bool = False     # serve the panel as a web page, until Ctrl-C
-    host: str = "127.0.0.1"  # address of the served panel; 0.0.0.0 for the local network, then with a password in its link
-    panel_port: int = 8866  # of the served panel
-    simulate: int = 0       # raters of a SIMULATED panel to fill the store with; pocket images only
-    icc: float = 0.6        # single-rater agreement of the SIMULATED panel, 0-1; sets its noise
-    seed: int = 0           # of the simulated panel
+    more: int = 0             # further answers to ask for, where they tell most
+    uncertainty: str = ""     # CSV with image_path and <aspect>_uncertainty of a reward model, for --more
+    # further filled sheets (CSV) and exports of Label Studio or Argilla (JSON) to take ratings from
+    read: tuple[str, ...] = ()
+    people: str = ""          # CSV with user and rater: who is behind the numbers and UUIDs in those exports
+    csv: str = ""             # CSV to write: all ratings and remarks that count, in the sheet's columns
+    label_studio: str = ""    # folder to write: a Label Studio project of the images (config.xml, tasks.json)
+    argilla: str = ""         # folder to write: an Argilla dataset of the images; needs --address
+    # what comes before an image's path in these two, such as https://server/; default: Label Studio's local files
+    address: str = ""
+    answers: bool = False     # what was said so far goes with the images into these two
+    # CSV of who rates what; default: assignment.csv beside the sheet; kept up to date with --raters
+    assignment: str = ""
+    report: str = ""          # HTML file for the full report with pictures, such as outputs/panel.html
+    repeats: float = 0.       # share of the images that the served panel shows a second time
+    serve: bool = False       # serve the panel as a web page, until Ctrl-C
+    # address of the served panel; 0.0.0.0 for the local network, then with a password in its link
+    host: str = "127.0.0.1"
+    panel_port: int = 8866    # of the served panel
+    simulate: int = 0         # raters of a SIMULATED panel to fill the store with; pocket images only
+    icc: float = 0.6          # single-rater agreement of the SIMULATED panel, 0-1; sets its noise
+    seed: int = 0             # of the simulated panel
 
-# %% ../../nbs/core/02_settings.ipynb #ba8c3f7a
+# %% ../../nbs/core/02_settings.ipynb #6b1a7969
 @dataclass(frozen=True)
 class TrainRewardSettings(Settings):
     "Step 4: five reward heads on a frozen OpenCLIP."
@@ -106,7 +131,9 @@ class TrainRewardSettings(Settings):
     device: str = "auto"          # auto: cuda where there is one, else cpu
     output: Path = Path("outputs/multihead_reward_model")  # folder written
     cache: Path = Path("outputs/features")                 # features, kept by content
-    opposites: str = "auto"       # pairs of phrases between which an image is read, such as sharp/very blurry, tiny/huge; auto: those of notebook 41; or none
+    # pairs of phrases between which an image is read, such as sharp/very blurry, tiny/huge;
+    # auto: those of notebook 41; or none
+    opposites: str = "auto"
     hidden: int = 32              # width of a head's hidden layer; 0: linear heads
     dropout: float = 0.1          # probability
     lr: float = 2e-3              # AdamW learning rate
@@ -114,39 +141,50 @@ class TrainRewardSettings(Settings):
     epochs: int = 300             # at most; early stopping ends before
     patience: int = 16            # epochs without a better combined validation score
     folds: int = 5                # of the cross-validation, split by prompt
-    weights: str = "auto"         # of the composite. auto: learned from choices or overall ratings, else from reliability; equal; or by hand: spatial=2,style=1
+    # of the composite. auto: learned from choices or overall ratings, else from reliability;
+    # equal; or by hand: spatial=2,style=1
+    weights: str = "auto"
     choices: str = ""             # CSV with winner and loser (image paths): pairwise choices to learn the weights from
-    soft_minimum: float = 0.0     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations, the lower the more the weakest aspect decides
+    # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations,
+    # the lower the more the weakest aspect decides
+    soft_minimum: float = 0.0
     seed: int = 0                 # of splits and initial weights
 
-# %% ../../nbs/core/02_settings.ipynb #bae98517
+# %% ../../nbs/core/02_settings.ipynb #41bd081b
 @dataclass(frozen=True)
 class ScoreSettings(Settings):
     "Rate images with the reward heads."
     files: tuple[str, ...] = ()   # images, and CSV files with image_path and prompt; they may stand without --files
-    prompt: str = ""              # the text that the images named on the command line are rated for; default: the one kept in the image
+    # the text that the images named on the command line are rated for; default: the one kept in the image
+    prompt: str = ""
     reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
-    backbone: str = ""            # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
-    cache: Path = Path("outputs/features")  # features, kept by content
+    # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
+    backbone: str = ""
+    cache: Path = Path("outputs/features")     # features, kept by content
     output: Path = Path("outputs/scores.csv")  # CSV written
     device: str = "auto"          # auto: cuda where there is one, else cpu
     batch: int = 64               # images per forward pass
 
+# %% ../../nbs/core/02_settings.ipynb #3c05d240
 @dataclass(frozen=True)
 class TrainDSPOSettings(SamplingSettings):
     "Step 5: tune the image model so that all aspects rise together."
     prompts: Path = Path("data/prompts.csv")                    # prompts to sample candidates for
     reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
     output: Path = Path("outputs/dspo_model")                   # folder written
-    backbone: str = ""                                          # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
-    objective: Literal["dspo-score", "dspo", "dspo-sdxl", "dpo", "sft"] = "dspo-score"  # what is optimised, see notebook 50
-    balance: Literal["dynamic", "fixed", "sum"] = "dynamic"  # dynamic: weight on aspects that lag; fixed: combination weights; sum: plain weighted sum, heads not normalised
+    # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
+    backbone: str = ""
+    # what is optimised, see notebook 50
+    objective: Literal["dspo-score", "dspo", "dspo-sdxl", "dpo", "sft"] = "dspo-score"
+    # dynamic: weight on aspects that lag; fixed: combination weights; sum: plain weighted sum, heads not normalised
+    balance: Literal["dynamic", "fixed", "sum"] = "dynamic"
     adapter: Literal["dora", "lora"] = "dora"  # kind of adapter on the UNet
     layers: Literal["attention", "all"] = "attention"  # where the adapter sits; all: convolutions and feed-forward too
     rank: int = 8                 # of the adapter
     lr: float = 5e-4              # AdamW learning rate of the adapter
     beta: float = 2000.0          # scale of the implicit preference u (pair objectives)
-    strength: float = 0.12        # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
+    # dspo-score: kappa, how far uphill the target lies; dspo: lambda of its correction (1 in its paper)
+    strength: float = 0.12
     climb: int = 3                # dspo-score: steps uphill from a candidate, the mean of which is the direction
     distance: float = 30.0        # weight of the squared distance to the reference (pair objectives)
     candidates: int = 4           # K images per prompt
@@ -158,27 +196,31 @@ class TrainDSPOSettings(SamplingSettings):
     shifts: int = 2               # shifted copies of a picture over which a head's gradient is averaged
     shift: int = 2                # largest shift, pixels
     patience: int = 4             # measurements in a row at which a head may be below its start before the run ends
-    temperature: float = 0.15     # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
+    # of the dynamic aspect weights, in standard deviations of gain; low: all weight on the aspect that lags most
+    temperature: float = 0.15
     processes: int = 1            # that share the work; one per GPU
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all rollouts are done
     seed: int = 0                 # of prompts, noise and timesteps
 
-# %% ../../nbs/core/02_settings.ipynb #ed32bb78
+# %% ../../nbs/core/02_settings.ipynb #5dbe6f47
 @dataclass(frozen=True)
 class EvaluateSettings(SamplingSettings):
     "Base and tuned on the same held-out prompts and seeds."
     model: Path = Path("outputs/dspo_model")                     # adapter to evaluate
     prompts: Path = Path("data/prompts_heldout.csv")             # prompts nobody trained on
     reward_model: Path = Path("outputs/multihead_reward_model")  # scores where no judge can see
-    backbone: str = ""                                           # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
+    # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
+    backbone: str = ""
     cache: Path = Path("outputs/features")                       # features, kept by content
-    judged_by: Literal["auto", "judge", "heads"] = "auto"        # auto: the judge for pocket images, else the reward heads
+    # auto: the judge for pocket images, else the reward heads
+    judged_by: Literal["auto", "judge", "heads"] = "auto"
     output: Path = Path("outputs/evaluation")                    # folder written
     seeds: int = 1                                               # images per prompt
     limit: int = 0                                               # use only the first prompts; 0: all
     processes: int = 1                                           # that share the sampling; one per GPU
 
+# %% ../../nbs/core/02_settings.ipynb #1904f7f0
 @dataclass(frozen=True)
 class InferenceSettings(SamplingSettings):
     "Images from a tuned model."
@@ -189,6 +231,7 @@ class InferenceSettings(SamplingSettings):
     compare: bool = False                      # also the untuned model, side by side
     output: Path = Path("outputs/inference")   # folder written
 
+# %% ../../nbs/core/02_settings.ipynb #20de8412
 @dataclass(frozen=True)
 class MonitorSettings(Settings):
     "Watch a run in TensorBoard."
@@ -196,7 +239,7 @@ class MonitorSettings(Settings):
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
-# %% ../../nbs/core/02_settings.ipynb #69f15eb1
+# %% ../../nbs/core/02_settings.ipynb #8a1e2743
 @dataclass(frozen=True)
 class TestPipelineSettings(Settings):
     "The whole method on the pocket in ten minutes."
@@ -208,95 +251,150 @@ class TestPipelineSettings(Settings):
     processes: int = 2        # that generate, tune and evaluate
     fresh: bool = False       # start over instead of continuing
 
-STAGES = {"generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings, "score": ScoreSettings, "train-dspo": TrainDSPOSettings,
-          "evaluate": EvaluateSettings, "inference": InferenceSettings, "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings}
+# %% ../../nbs/core/02_settings.ipynb #eac67b71
+STAGES = {
+    "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
+    "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
+    "inference": InferenceSettings, "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
+}
 MODULES = {
     "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
     "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
     "inference": "proof.inference", "monitor": "proof.monitor", "test-pipeline": "workflow",
-}  # whose `run` is the stage
+}
 
-# %% ../../nbs/core/02_settings.ipynb #f761072a
+# %% ../../nbs/core/02_settings.ipynb #9f72a63e
+_COMMON = "common"  # the section whose knobs all profiles have
+
 def _sections(path):
-    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",), default_section="common")
+    "The file's sections. Raises `InputError`."
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",), default_section=None)
     try: text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError: raise InputError(f"{path}: no such file; run this in the project's folder or name it with --settings") from None
+    except FileNotFoundError:
+        remedy = "run this in the project's folder or name it with --settings"
+        raise InputError(f"{path}: no such file; {remedy}") from None
     try: parser.read_string(text, source=str(path))
     except configparser.Error as e: raise InputError(f"{path}: {e}") from None
     return parser
 
-def _line_of(path, key, section):
-    here = None
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip().startswith("["): here = line.strip()[1:].split("]")[0]
-        elif here == section and line.split("=")[0].strip() == key: return number
-    return 1
+# %% ../../nbs/core/02_settings.ipynb #996c4025
+def _lineage(path, parser, profile):
+    "A profile and those it inherits from, itself first. Raises `InputError` for an unknown one or a circle."
+    profiles = [section for section in parser.sections() if section != _COMMON]
+    chain, name = [], profile
+    while name:
+        if name not in profiles: raise InputError(f"{path}: no profile [{name}]; there are: {', '.join(profiles)}")
+        if name in chain: raise InputError(f"{path}: profiles inherit in a circle: {' -> '.join([*chain, name])}")
+        chain.append(name)
+        name = parser.get(name, "inherits", fallback="")
+    return chain
 
 def profile_values(
     path,          # settings.ini
     profile: str,  # section
 ) -> dict:         # knob -> (text, section it stands in)
     "A profile's knobs with those it inherits. Raises `InputError` for an unknown profile or a circle."
-    parser, chain, name = _sections(path), [], profile
-    while name:
-        if not parser.has_section(name): raise InputError(f"{path}: no profile [{name}]; there are: {', '.join(parser.sections())}")
-        if name in chain: raise InputError(f"{path}: profiles inherit in a circle: {' -> '.join(chain + [name])}")
-        chain.append(name); name = parser.get(name, "inherits", fallback="")
-    values = {k: (v, "common") for k, v in parser.defaults().items()}
-    for name in reversed(chain):
-        values.update({k: (v, name) for k, v in parser.items(name) if k != "inherits" and parser.defaults().get(k) != v})
+    parser = _sections(path)
+    values = {}
+    for section in [_COMMON, *reversed(_lineage(path, parser, profile))]:
+        if not parser.has_section(section): continue  # a file need not have common knobs
+        values.update({knob: (text, section) for knob, text in parser.items(section)})
+    values.pop("inherits", None)
     return values
 
-# %% ../../nbs/core/02_settings.ipynb #476ecd70
+# %% ../../nbs/core/02_settings.ipynb #27f59434
 def _convert(text, kind):
+    "A knob's text as its field's type. Raises `ValueError` that says what is needed."
+    words = get_args(kind)
     if get_origin(kind) is Literal:
-        if text not in get_args(kind): raise ValueError(f"one of {', '.join(get_args(kind))} is needed")
+        if text not in words: raise ValueError(f"one of {', '.join(words)} is needed")
         return text
-    if get_origin(kind) in (Union, UnionType):
-        try: return _convert(text, get_args(kind)[0])
-        except ValueError: return _convert(text, get_args(kind)[1])
+    if get_origin(kind) is Union:
+        try: return _convert(text, words[0])
+        except ValueError: return _convert(text, words[1])
+    if get_origin(kind) is tuple: return tuple(t.strip() for t in text.split("|") if t.strip())
     if kind is bool:
         if text.lower() not in ("true", "false"): raise ValueError("true or false is needed")
         return text.lower() == "true"
-    if get_origin(kind) is tuple: return tuple(t.strip() for t in text.split("|") if t.strip())
     try: return kind(text)
-    except ValueError: raise ValueError(f"{'a whole number' if kind is int else 'a number'} is needed") from None
+    except ValueError: raise ValueError("a whole number is needed" if kind is int else "a number is needed") from None
 
+# %% ../../nbs/core/02_settings.ipynb #60a7cc9b
 def _known():
-    names = {f.name for cls in STAGES.values() for f in fields(cls)}
-    return names | {f"{stage}.{f.name}" for stage, cls in STAGES.items() for f in fields(cls)}
+    "All knobs, bare and with their stages."
+    names = {f.name for kind in STAGES.values() for f in fields(kind)}
+    return names | {f"{stage}.{f.name}" for stage, kind in STAGES.items() for f in fields(kind)}
 
+def _field(key, stage, keys):
+    "The field of the stage that a knob sets; \"\" if it is another stage's, or the stage has one of its own."
+    owner, _, name = key.rpartition(".")
+    if owner: return name if owner == stage else ""
+    return "" if f"{stage}.{name}" in keys else name
+
+# %% ../../nbs/core/02_settings.ipynb #a545fc17
+def _line_of(path, key, section):
+    "The line in which a knob stands; 1 if it is written in some other way than `knob = value`."
+    here = ""
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        line = line.strip()
+        if line.startswith("["): here = line[1:].split("]")[0]
+        elif here == section and line.split("=")[0].strip() == key: return number
+    return 1
+
+def _guess(key, known):
+    "What may have been meant."
+    return ", ".join(difflib.get_close_matches(key, known, 2)) or "another name"
+
+# %% ../../nbs/core/02_settings.ipynb #ec56df87
 def load_settings(
-    stage: str,        # key of `STAGES`
-    profile: str,      # section of the file
+    stage: str,           # key of `STAGES`
+    profile: str,         # section of the file
     path="settings.ini",  # the file
-    **overrides,       # fields set by the caller
-):
-    "The settings of one stage in one profile."
-    cls = STAGES[stage]; kinds = get_type_hints(cls)
+    **overrides,          # fields set by the caller
+) -> Settings:            # of the stage's own class
+    "The settings of one stage in one profile. Raises `InputError` with file, line and value."
+    kinds = get_type_hints(STAGES[stage])
     chosen = {"profile": profile} if "profile" in kinds else {}
     values, known = profile_values(path, profile), _known()
     for key, (text, section) in values.items():
-        place = lambda: f"{path}:{_line_of(path, key, section)}: {key} = {text}"
-        if key not in known: raise InputError(f"{place()}: no such knob; did you mean {', '.join(difflib.get_close_matches(key, known, 2)) or 'another name'}?")
-        owner, name = key.rsplit(".", 1) if "." in key else ("", key)
-        if name not in kinds or owner not in ("", stage) or (not owner and f"{stage}.{name}" in values): continue
         try:
+            if key not in known: raise ValueError(f"no such knob; did you mean {_guess(key, known)}?")
+            name = _field(key, stage, values)
+            if name not in kinds: continue
             chosen[name] = _convert(text, kinds[name])
             if why := _too_small(name, chosen[name]): raise ValueError(why)
-        except ValueError as e: raise InputError(f"{place()}: {e}") from None
-    return cls(**(chosen | overrides))
+        except ValueError as e:
+            raise InputError(f"{path}:{_line_of(path, key, section)}: {key} = {text}: {e}") from None
+    return STAGES[stage](**(chosen | overrides))
 
-# %% ../../nbs/core/02_settings.ipynb #d57c2c56
+# %% ../../nbs/core/02_settings.ipynb #0de044e6
+_ASKED = ("index", "uuid", "memory.total")  # of nvidia-smi; memory in MiB
+_MIB_PER_GB = 1024.
+_NEEDED = 11.5   # GB for SDXL: what nvidia-smi says of a GPU that is sold with 12
+_WAIT = 10       # seconds for nvidia-smi's answer; on a machine in trouble it never comes
+
+def _gpus():
+    "Index, uuid and memory of each NVIDIA GPU, as nvidia-smi writes them."
+    command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader,nounits"]
+    try: out = subprocess.run(command, capture_output=True, text=True, timeout=_WAIT).stdout
+    except (OSError, subprocess.TimeoutExpired): return []
+    rows = [line.split(", ") for line in out.splitlines()]
+    return [row for row in rows if len(row) == len(_ASKED)]
+
+# %% ../../nbs/core/02_settings.ipynb #99495000
+def _visible(index, uuid):
+    "Whether this process may use the GPU."
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None: return True
+    names = [name.strip() for name in chosen.split(",")]
+    return any(name == index or name.startswith("GPU-") and uuid.startswith(name) for name in names)
+
 def _gpu_memory():
-    "Memory of the largest visible NVIDIA GPU in GB; 0 without one. Asks nvidia-smi, for importing torch takes seconds."
-    try: out = subprocess.run(["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired): return 0.
-    gpus = [line.split(", ") for line in out.stdout.splitlines() if line.count(", ") == 2]
-    chosen = [c.strip() for c in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(i for i, _, _ in gpus)).split(",")]
-    visible = lambda index, uuid: any(c == index or c.startswith("GPU-") and uuid.startswith(c) for c in chosen)
-    return max((float(gb) / 1024 for index, uuid, gb in gpus if visible(index, uuid) and gb.replace(".", "").isdigit()), default=0.)
+    "Memory of the largest visible NVIDIA GPU in GB; 0 without one."
+    sizes = [memory for index, uuid, memory in _gpus() if _visible(index, uuid)]
+    return max((float(m) / _MIB_PER_GB for m in sizes if m.replace(".", "").isdigit()), default=0.)
 
+# %% ../../nbs/core/02_settings.ipynb #b3ef0df7
 def choose_profile(
     asked: str = "",  # a profile's name; "": what the machine has decides
 ) -> tuple:           # name, reason
@@ -304,12 +402,13 @@ def choose_profile(
     if asked: return asked, "asked for"
     if asked := os.environ.get("PROFILE", ""): return asked, "PROFILE is set"
     gb = _gpu_memory()
-    return ("sdxl", f"a CUDA GPU with {gb:.0f} GB") if gb >= 11.5 else ("pocket", f"a GPU with only {gb:.0f} GB" if gb else "no CUDA GPU here")
+    if gb >= _NEEDED: return "sdxl", f"a CUDA GPU with {gb:.0f} GB"
+    return "pocket", f"a GPU with only {gb:.0f} GB" if gb else "no CUDA GPU here"
 
-# %% ../../nbs/core/02_settings.ipynb #ed954474
+# %% ../../nbs/core/02_settings.ipynb #98d82e3d
 def profile_variant(
-    profile: str,  # a profile's name
-    variant: str,  # such as "dual"; "": none
+    profile: str,         # a profile's name
+    variant: str,         # such as "dual"; "": none
     path="settings.ini",  # the file
 ) -> str:
     "`profile-variant` where the file has that section, else `profile`. Raises `InputError` without the file."
