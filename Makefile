@@ -9,7 +9,7 @@ INSTALL := $(BIN)/uv pip install --python $(BIN)/python
 UV_HTTP_TIMEOUT ?= 300
 export UV_HTTP_TIMEOUT
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-pipeline generate-images-dual generate-images-single annotate train-reward train-dspo \
+.PHONY: help setup test lint test-pipeline generate-images-dual generate-images-single annotate train-reward train-dspo \
         monitor-training evaluate pocket notebooks readme docs requirements clean
 
 help: ## this list
@@ -56,8 +56,11 @@ setup: .venv/ready ## everything that is needed, into .venv; nothing to do the s
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test: setup ## all tests: the house's order, every notebook, tests/
+test: setup ## all tests: lint, the house's order, every notebook, tests/
 	@$(BIN)/python tools/test.py
+
+lint: setup ## how the code is written, notebooks too; the rules stand in pyproject.toml
+	@$(BIN)/python tools/test.py lint
 
 notebooks: setup ## run every notebook and save its outputs
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean
@@ -72,4 +75,4 @@ requirements: setup ## requirements.txt anew from pyproject.toml, with the newes
 	(sed -n '/^#/p' requirements.txt; $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-annotate --no-header --quiet) > requirements.new && mv requirements.new requirements.txt
 
 clean: ## remove caches and what was built; never images, ratings or models
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache; find mhrlhf nbs tests tools -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache; find mhrlhf nbs tests tools -name __pycache__ -prune -exec rm -rf {} +

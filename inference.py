@@ -1,4 +1,4 @@
-"Images from a tuned model: python inference.py --model outputs/dspo_model --prompt \"a 3d render of a fox in the snow\""
+"""Images from a tuned model: python inference.py --model outputs/dspo_model --prompt "a glossy cartoon of a fox"."""
 import sys
 from mhrlhf.cli import main
 

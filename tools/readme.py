@@ -1,11 +1,14 @@
-"""README.md from nbs/index.ipynb: text, code and saved outputs; pictures go to nbs/images. `--check` only compares."""
+"""README.md from nbs/index.ipynb: text, code and saved outputs; pictures go to nbs/images. And in each room's page,
+nbs/ROOM/index.ipynb, the list of its notebooks, from their own summaries. `--check` only compares."""
 from pathlib import Path
-import base64, posixpath, re, sys
+import base64, json, posixpath, re, sys
 
 from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK, README, IMAGES = ROOT / "nbs/index.ipynb", ROOT / "README.md", ROOT / "nbs/images"
+ROOM_PAGES = sorted(ROOT.glob("nbs/*/index.ipynb"))
+LIST = "## Its notebooks"
 LINK = re.compile(r'(\]\(|src="|href=")(?![a-z]+:|#|/)([^)"\s]+)')
 
 def from_root(text):
@@ -23,29 +26,47 @@ def output(cell, number, out, pictures):
     text = data.get("text/plain") or "".join(out.get("text", ""))
     return f"```text\n{text.strip()}\n```"
 
+def summary(notebook):
+    "The line under a notebook's title."
+    prose = [cell.source for cell in read_nb(notebook).cells if cell.cell_type == "markdown"]
+    return next(line[2:] for line in "\n".join(prose).splitlines() if line.startswith("> "))
+
+def room_page(page):
+    "A room's page with the list of the notebooks that lie beside it, as the text of its file."
+    notebook = json.loads(page.read_text(encoding="utf-8"))
+    paths = sorted(page.parent.glob("[0-9]*.ipynb"))
+    lines = [LIST, "", *(f"- [{path.stem}]({path.name}): {summary(path)}" for path in paths)]
+    for cell in notebook["cells"]:
+        if cell["source"][0].strip() == LIST: cell["source"] = "\n".join(lines).splitlines(keepends=True)
+    return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"  # as nbdev-clean writes it
+
 def render():
     "The README's text and its pictures, name -> bytes."
     parts, pictures = [], {}
     for cell in read_nb(NOTEBOOK).cells:
         if "hide" in cell.directives: continue
-        if cell.cell_type == "markdown": parts.append(from_root(cell.source)); continue
+        if cell.cell_type == "markdown":
+            parts.append(from_root(cell.source))
+            continue
         code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
         if cell.directives.get("echo") != "false": parts.append(f"```python\n{code}\n```")
         parts += [output(cell, number, out, pictures) for number, out in enumerate(cell.outputs)]
     return "\n\n".join(part.strip() for part in parts) + "\n", pictures
 
+def files():
+    "All that is made here: path -> bytes."
+    text, pictures = render()
+    pages = {page: room_page(page).encode() for page in ROOM_PAGES}
+    return {README: text.encode()} | {IMAGES / name: data for name, data in pictures.items()} | pages
+
 def faults():
     "What is out of step, as a list."
-    text, pictures = render()
-    stale = [str(IMAGES / name) for name, data in pictures.items() if not (IMAGES / name).exists() or (IMAGES / name).read_bytes() != data]
-    return [str(README)] * (not README.exists() or README.read_text(encoding="utf-8") != text) + stale
+    made = files()
+    return [str(path) for path, data in made.items() if not path.exists() or path.read_bytes() != data]
 
 def main():
-    if "--check" in sys.argv: sys.exit("\n".join(f"{path}: not in step with nbs/index.ipynb; make readme" for path in faults()) or None)
-    text, pictures = render()
+    if "--check" in sys.argv: sys.exit("\n".join(f"{path}: not in step; make readme" for path in faults()) or None)
     for old in IMAGES.glob("index-*.png"): old.unlink()
-    if pictures: IMAGES.mkdir(exist_ok=True)
-    for name, data in pictures.items(): (IMAGES / name).write_bytes(data)
-    README.write_text(text, encoding="utf-8")
+    for path, data in files().items(): path.write_bytes(data)
 
 if __name__ == "__main__": main()
