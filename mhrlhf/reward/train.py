@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWABLE', 'FEWEST', 'SAME', 'NAMED', 'LEAST_SPREAD', 'MATRICES', 'THUMBNAIL', 'SHOWN', 'rating_weights', 'Rated',
            'rated_images', 'Trained', 'train', 'pictures', 'extreme_pictures', 'write_results', 'changed_images',
-           'oldest_counting', 'tracked', 'ceilings_of', 'run']
+           'oldest_counting', 'tracked', 'ceilings_of', 'teach_noise_heads', 'run']
 
 # %% ../../nbs/reward/47_train.ipynb #d25bb6a1
 from contextlib import contextmanager
@@ -22,19 +22,24 @@ import torch
 from ..core.aspects import NAMES
 from ..core.files import InputError, atomic_path, fingerprint, raise_faults, write_json
 from mhrlhf.core.plots import (
-    heat_maps, interval_bars, picture_grid, reliability_per_aspect, residuals_per_aspect, save_figure,
+    heat_maps, history_curves, interval_bars, picture_grid, reliability_per_aspect, residuals_per_aspect, save_figure,
     scatter_per_aspect,
 )
-from ..core.progress import plain_faults
+from ..core.progress import Progress, plain_faults
 from ..core.settings import TrainRewardSettings
 from ..images.metadata import read_metadata
-from ..images.models import Backbone, load_backbone
+from ..images.denoiser import Denoiser
+from ..images.models import Backbone, load_backbone, load_pipeline
 from ..ratings.agreement import agreement
 from ..ratings.simulated import is_simulated
 from ..ratings.store import ASIDE, RatingStore, mean_ratings, shown_url
 from .features import FeatureCache, Features, encode_prompts, read_image
 from .heads import Fit, fit_heads, prompt_folds
 from .model import RewardModel, save_model
+from mhrlhf.reward.noise import (
+    NOISE_FILE, RATED_FILE, NoiseHeads, correlation_by_noise, draw, fit_noise_heads, rated_latents, save_noise_heads,
+    save_rated, unet_identity,
+)
 from .readings import fit_projection, opposite_axes, opposite_pairs, summary
 from .trust import EXTREMES, Trust, extremes, heldout_report, show_report, trust
 from .weights import combination_weights, read_choices, weights_by_hand
@@ -398,6 +403,47 @@ def _say_results(trained, folds, files):
     print(f"{trained.trust.genre_text()}weights: {trained.weights_from}\n")
     print("\n".join(map(str, files)))
 
+# %% ../../nbs/reward/47_train.ipynb #c05c83fb
+def teach_noise_heads(
+    model: RewardModel,
+    rated: Rated,
+    settings: TrainRewardSettings,
+    show=lambda figures: None,  # called with done and total
+) -> pd.DataFrame:              # r by noise level, see `correlation_by_noise`
+    "Train the noise-aware heads on rated pictures and write them beside the model."
+    pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
+    denoiser, pictures = Denoiser(pipe), [read_image(path) for path in rated.paths]
+    known = rated_latents(denoiser, model, pictures, rated.prompts, settings.copies, settings.seed)
+    folds, n = known.prompt % settings.members, len(pictures)
+    generator = torch.Generator().manual_seed(settings.seed)
+    draws = draw(denoiser, known, settings.draws, generator, lambda done: show(dict(done=done, total=settings.draws)))
+    torch.manual_seed(settings.seed)
+    heads = NoiseHeads(denoiser.channels(), list(model.aspects), settings.members).to(denoiser.device)
+    given = known.ratings, known.weights, folds, settings.noise_epochs
+    for _ in fit_noise_heads(heads, draws, *given, seed=settings.seed): pass
+    save_noise_heads(heads, unet_identity(pipe.unet), settings.output)
+    save_rated(known[:n], settings.output)
+    truth = rated.ratings[list(model.aspects)].to_numpy()
+    return correlation_by_noise(heads, denoiser, known[:n], folds[:n], truth)
+
+# %% ../../nbs/reward/47_train.ipynb #5c88aed7
+def _write_noise_report(table, report, folder):
+    "r by noise level as a table and a picture; the files."
+    ceiling = report.plcc.to_dict()
+    write_json(folder / "noise_heads.json", dict(r=table.round(4).reset_index().to_dict("list"), heads_on_clip=ceiling))
+    label = "held-out r with the mean rating"
+    figure = history_curves(table.reset_index(), list(table), "timestep", label)
+    return [folder / "noise_heads.json", save_figure(figure, folder / "noise_heads.png")]
+
+def _noise_heads(trained, settings):
+    "Train, report and write the noise-aware heads; the files."
+    bar = Progress("draws")
+    try: table = teach_noise_heads(trained.model, trained.rated, settings, bar)
+    finally: bar.close()
+    print(f"\nnoise-aware heads, r with the mean rating on prompts not learnt from:\n{table.round(2).to_string()}")
+    folder = Path(settings.output)
+    return [folder / NOISE_FILE, folder / RATED_FILE, *_write_noise_report(table, trained.report, folder)]
+
 # %% ../../nbs/reward/47_train.ipynb #1a2d6754
 def run(
     settings: TrainRewardSettings,
@@ -413,4 +459,5 @@ def run(
         trained = train(rated, features, backbone, settings, ceilings_of(tidy), watch, choices, encode)
     about = dict(simulated=bool(is_simulated(tidy)), raters=int(tidy.rater.nunique()))
     files = write_results(trained, settings, about)
+    if settings.draws: files += _noise_heads(trained, settings)
     _say_results(trained, settings.folds, files + [logs])
