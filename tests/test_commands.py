@@ -8,19 +8,23 @@ import os, re, subprocess, sys
 import pytest
 
 from mhrlhf.cli import DESCRIPTIONS
-from mhrlhf.core.settings import STAGES, load_settings
+from mhrlhf.core.settings import STAGES, choose_profile, load_settings
 
 ROOT = Path(__file__).parent.parent
 MHRLHF = Path(sys.executable).parent / "mhrlhf"
-TARGETS = {"generate-images-dual": "generate", "generate-images-single": "generate", "annotate": "annotate", "train-reward": "train-reward",
-           "train-dspo": "train-dspo", "monitor-training": "monitor", "evaluate": "evaluate", "test-pipeline": "test-pipeline"}
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PROFILE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")} | {"COLUMNS": "200"}
+TARGETS = {"generate-images-dual": "generate", "generate-images-single": "generate", "annotate": "annotate",
+           "train-reward": "train-reward", "train-dspo": "train-dspo", "monitor-training": "monitor",
+           "evaluate": "evaluate", "test-pipeline": "test-pipeline"}
+LEFT_OUT = ("PYTHONPATH", "PROFILE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in LEFT_OUT} | {"COLUMNS": "200"}
 
 def run(*command, **more):
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=ENVIRONMENT | more, capture_output=True, text=True, timeout=120)
+    words = [str(c) for c in command]
+    return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT | more, capture_output=True, text=True, timeout=120)
 
 def seconds(*command, times=5):
-    "Median processor time of a command, after one run that warms the disk; wall time would measure the machine's other work."
+    """Median processor time of a command, after one run that warms the disk; wall time would measure the machine's
+    other work."""
     def once():
         before = getrusage(RUSAGE_CHILDREN)
         assert run(*command).returncode == 0
@@ -33,9 +37,13 @@ def test_import_is_quick(): assert seconds(sys.executable, "-c", "import mhrlhf"
 
 def test_help_is_quick(): assert seconds(MHRLHF, "--help") < 1
 
-@pytest.mark.parametrize("code", ["import mhrlhf", "from mhrlhf.cli import main; main(['--help'])", "from mhrlhf.core.settings import choose_profile; choose_profile()"])
+@pytest.mark.parametrize("code", [
+    "import mhrlhf", "from mhrlhf.cli import main; main(['--help'])",
+    "from mhrlhf.core.settings import choose_profile; choose_profile()",
+])
 def test_start_up_needs_no_torch(code):
-    done = run(sys.executable, "-c", f"{code}; import sys; sys.exit([m for m in ('torch', 'numpy', 'pandas', 'matplotlib') if m in sys.modules] or None)")
+    heavy = "import sys; sys.exit([m for m in ('torch', 'numpy', 'pandas', 'matplotlib') if m in sys.modules] or None)"
+    done = run(sys.executable, "-c", f"{code}; {heavy}")
     assert done.returncode == 0, done.stderr
 
 def test_help_lists_every_stage():
@@ -52,7 +60,9 @@ def test_help_of_a_stage_shows_its_knobs_and_the_profiles_values(stage):
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in text
         value = getattr(settings, field.name)
-        if value not in ("", ()) and not isinstance(value, bool): assert {f"(default: {value})", f"(default: {value!r})"} & set(re.findall(r"\(default: [^)]*\)", text)), field.name  # a text with spaces stands in quotes
+        if value in ("", ()) or isinstance(value, bool): continue
+        shown = {f"(default: {value})", f"(default: {value!r})"}  # a text with spaces stands in quotes
+        assert shown & set(re.findall(r"\(default: [^)]*\)", text)), field.name
 
 @pytest.mark.parametrize("arguments, said", [
     (["no-such-stage"], "no stage 'no-such-stage'"),
@@ -66,7 +76,7 @@ def test_help_of_a_stage_shows_its_knobs_and_the_profiles_values(stage):
     (["annotate", "--sitting", "0"], "sitting 0: 1 or more is needed"),
 ])
 def test_bad_arguments_end_with_code_2_and_one_clear_message(arguments, said):
-    done = run(MHRLHF, *arguments, PROFILE="pocket") if "--profile" not in arguments else run(MHRLHF, *arguments)
+    done = run(MHRLHF, *arguments) if "--profile" in arguments else run(MHRLHF, *arguments, PROFILE="pocket")
     assert done.returncode == 2
     assert said in done.stderr + done.stdout and "Traceback" not in done.stderr
 
@@ -78,7 +88,8 @@ def test_profile_comes_from_the_environment():
 
 # The Makefile
 
-def make(*arguments, **more): return run("make", "--no-print-directory", "--assume-old=.venv/ready", *arguments, **more)
+def make(*arguments, **more):
+    return run("make", "--no-print-directory", "--assume-old=.venv/ready", *arguments, **more)
 
 @pytest.mark.parametrize("target, stage", TARGETS.items())
 def test_target_is_one_line(target, stage):
@@ -90,23 +101,37 @@ def test_dual_starts_two_processes():
 
 def test_make_alone_lists_the_targets():
     text = make().stdout
-    assert all(f"make {target} " in text for target in [*TARGETS, "setup", "test", "pocket", "readme", "notebooks", "clean", "help"])
+    others = ["setup", "test", "pocket", "readme", "notebooks", "clean", "help"]
+    assert all(f"make {target} " in text for target in [*TARGETS, *others])
 
 @pytest.mark.skipif(not (ROOT / ".venv/bin/mhrlhf").exists(), reason="this environment was not made by make setup")
 def test_profile_passes_through_make():
-    for done in (make("generate-images-single", "PROFILE=no-such"), make("generate-images-single", PROFILE="no-such")):
+    by_make, by_environment = "PROFILE=no-such", dict(PROFILE="no-such")
+    for done in (make("generate-images-single", by_make), make("generate-images-single", **by_environment)):
         assert "no profile [no-such]" in done.stderr and done.returncode == 2
 
+NO_GPU, SMALL_GPU = ("pocket", "no CUDA GPU here"), ("pocket", "a GPU with only 8 GB")
+TWO_GPUS = "0, GPU-aa1, 8192\n1, GPU-bb2, 81559"
+BROKEN = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+
 @pytest.mark.parametrize("answer, visible, chosen", [
-    ("0, GPU-aa1, 24564", None, ("sdxl", "a CUDA GPU with 24 GB")), ("0, GPU-aa1, 8192", None, ("pocket", "a GPU with only 8 GB")),
-    ("0, GPU-aa1, 8192\n1, GPU-bb2, 81559", None, ("sdxl", "a CUDA GPU with 80 GB")), ("0, GPU-aa1, 8192\n1, GPU-bb2, 81559", "0", ("pocket", "a GPU with only 8 GB")),
-    ("0, GPU-aa1, 8192\n1, GPU-bb2, 81559", "GPU-bb", ("sdxl", "a CUDA GPU with 80 GB")), ("0, GPU-aa1, 24564", "", ("pocket", "no CUDA GPU here")),
-    ("0, GPU-aa1, 24564", "-1", ("pocket", "no CUDA GPU here")), ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", None, ("pocket", "no CUDA GPU here")), ("0, GPU-aa1, [N/A]", None, ("pocket", "no CUDA GPU here"))])
+    ("0, GPU-aa1, 24564", None, ("sdxl", "a CUDA GPU with 24 GB")),
+    ("0, GPU-aa1, 8192", None, SMALL_GPU),
+    (TWO_GPUS, None, ("sdxl", "a CUDA GPU with 80 GB")),
+    (TWO_GPUS, "0", SMALL_GPU),
+    (TWO_GPUS, "GPU-bb", ("sdxl", "a CUDA GPU with 80 GB")),
+    ("0, GPU-aa1, 24564", "", NO_GPU),
+    ("0, GPU-aa1, 24564", "-1", NO_GPU),
+    (BROKEN, None, NO_GPU),
+    ("0, GPU-aa1, [N/A]", None, NO_GPU),
+])
 def test_the_machine_chooses_the_profile(answer, visible, chosen, tmp_path, monkeypatch):
     "By what nvidia-smi says; here a script says it in its place."
-    from mhrlhf.core.settings import choose_profile
-    smi = tmp_path/"nvidia-smi"; smi.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n"); smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}"); monkeypatch.delenv("PROFILE", raising=False)
+    smi = tmp_path/"nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("PROFILE", raising=False)
     if visible is None: monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert choose_profile() == chosen

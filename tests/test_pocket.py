@@ -1,24 +1,36 @@
 "The pocket can be built anew: a throw-away one loads and samples, and the same recipe gives the same weights."
-import os, subprocess, sys, time
 from dataclasses import replace
+import os, subprocess, sys
 
 import pytest
 import torch
 
+from mhrlhf.images.models import load_pipeline, pocket_folder
+from mhrlhf.pocket.train import RECIPES, train_judge
+
+SHIPPED = ("sdxl/unet/diffusion_pytorch_model.safetensors", "openclip/open_clip_model.safetensors",
+           "tiny_vae/diffusion_pytorch_model.safetensors", "judge.safetensors", "recipe.json", "log.jsonl")
+
+
+def build(recipe, folder):
+    "`make pocket` as a shell runs it."
+    env = {k: v for k, v in os.environ.items() if k != "MHRLHF_POCKET"}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "mhrlhf.pocket.train", "--recipe", recipe, "--output", folder]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
 
 def test_fast_recipe_builds_a_pocket_that_loads_and_samples(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "MHRLHF_POCKET"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    out = subprocess.run([sys.executable, "-m", "mhrlhf.pocket.train", "--recipe", "fast", "--output", tmp_path / "pocket"], capture_output=True, text=True, env=env)
+    out = build("fast", tmp_path / "pocket")
     assert out.returncode == 0, out.stderr[-2000:]
     assert "it loads and samples" in out.stdout
-    assert not list((tmp_path / "pocket").rglob("*.bin")) and (tmp_path / "pocket/sdxl/unet/diffusion_pytorch_model.safetensors").exists()
-    again = subprocess.run([sys.executable, "-m", "mhrlhf.pocket.train", "--recipe", "cpu", "--output", tmp_path / "pocket"], capture_output=True, text=True, env=env)
+    assert not list((tmp_path / "pocket").rglob("*.bin"))
+    assert (tmp_path / "pocket/sdxl/unet/diffusion_pytorch_model.safetensors").exists()
+    again = build("cpu", tmp_path / "pocket")
     assert again.returncode == 2 and "another recipe" in again.stdout
 
 
 def test_same_recipe_same_weights(tmp_path):
-    from mhrlhf.images.models import load_pipeline
-    from mhrlhf.pocket.train import RECIPES, train_judge
     torch.set_num_threads(1)
     r, pipe = replace(RECIPES["fast"], judge_steps=3, bank=32), load_pipeline("pocket")
     one, two = (train_judge(r, pipe, tmp_path / "log").state_dict() for _ in range(2))
@@ -27,12 +39,10 @@ def test_same_recipe_same_weights(tmp_path):
     assert any(not torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("part", ["sdxl/unet/diffusion_pytorch_model.safetensors", "openclip/open_clip_model.safetensors", "tiny_vae/diffusion_pytorch_model.safetensors", "judge.safetensors", "recipe.json", "log.jsonl"])
+@pytest.mark.parametrize("part", SHIPPED)
 def test_what_ships_is_complete(part):
-    from mhrlhf.images.models import pocket_folder
     assert (pocket_folder() / part).stat().st_size > 100
 
 
 def test_what_ships_is_small():
-    from mhrlhf.images.models import pocket_folder
     assert sum(p.stat().st_size for p in pocket_folder().rglob("*") if p.is_file()) < 40e6

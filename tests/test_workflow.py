@@ -1,4 +1,5 @@
-"""What `make test-pipeline` does when it is interrupted, when a file it depends on changes, and when it is to delete a folder. The stages are stand-ins."""
+"""What `make test-pipeline` does when it is interrupted, when a file it depends on changes, and when it is to delete
+a folder. The stages are stand-ins."""
 from pathlib import Path
 import importlib, time
 
@@ -11,27 +12,36 @@ from mhrlhf.workflow import RESULTS, run_stages, stage_settings
 
 ROOT = Path(__file__).parent.parent
 ALL = list(RESULTS)
+COMMAND = ["test-pipeline", "--profile", "pocket", "--settings", str(ROOT / "settings.ini"), "--output"]
+
+def stand_in(stage, place, worked):
+    "A stage that only writes its results, or is interrupted."
+    def run(settings):
+        worked.append(stage)
+        time.sleep(.05)
+        if stage == run.fails: raise KeyboardInterrupt
+        for name in RESULTS[stage]:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(stage)
+    run.fails = None
+    return run
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     "A folder, and a function that runs the stages there and tells which of them worked."
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    for name in ("prompts", "prompts_heldout"): (tmp_path / f"data/{name}.csv").write_text("prompt_id,prompt\na,a fox\n")
+    for name in ("prompts", "prompts_heldout"):
+        (tmp_path / f"data/{name}.csv").write_text("prompt_id,prompt\na,a fox\n")
     worked = []
-    def stand_in(stage):
-        def run(settings):
-            worked.append(stage); time.sleep(.05)
-            if stage == run.fails: raise KeyboardInterrupt
-            for name in RESULTS[stage]: (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True); (tmp_path / "run" / name).write_text(stage)
-        run.fails = None
-        return run
-    runs = {stage: stand_in(stage) for stage in ALL}
-    for stage, run in runs.items(): monkeypatch.setattr(importlib.import_module(f"mhrlhf.{MODULES[stage]}"), "run", run)
+    runs = {stage: stand_in(stage, tmp_path / "run", worked) for stage in ALL}
+    for stage, run in runs.items():
+        monkeypatch.setattr(importlib.import_module(f"mhrlhf.{MODULES[stage]}"), "run", run)
     def go(fails=None, **changes):
         worked.clear()
         for run in runs.values(): run.fails = fails
-        go.seconds = run_stages(stage_settings(TestPipelineSettings(output=Path("run"), **changes), ROOT / "settings.ini"), "run")
+        settings = TestPipelineSettings(output=Path("run"), **changes)
+        go.seconds = run_stages(stage_settings(settings, ROOT / "settings.ini"), "run")
         return list(worked)
     return go
 
@@ -60,13 +70,17 @@ def test_all_attempts_count(study):
 
 def test_fresh_deletes_only_what_a_run_made(study, tmp_path, capsys):
     study()
-    (tmp_path / "thesis").mkdir(); (tmp_path / "thesis/chapter.tex").write_text("years of work")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("years of work")
     (tmp_path / "link").symlink_to(tmp_path)
-    for folder, why in (".", "in which you are"), ("..", "in which you are"), ("link", "in which you are"), ("thesis", "no test-pipeline made it"), ("data", "no test-pipeline made it"):
-        assert main(["test-pipeline", "--profile", "pocket", "--settings", str(ROOT / "settings.ini"), "--output", folder, "--fresh"]) == 2
+    here, foreign = "in which you are", "no test-pipeline made it"
+    for folder, why in ((".", here), ("..", here), ("link", here), ("thesis", foreign), ("data", foreign)):
+        assert main([*COMMAND, folder, "--fresh"]) == 2
         assert why in capsys.readouterr().err
-    assert (tmp_path / "thesis/chapter.tex").read_text() == "years of work" and (tmp_path / "data/prompts.csv").exists() and study() == []
+    assert (tmp_path / "thesis/chapter.tex").read_text() == "years of work"
+    assert (tmp_path / "data/prompts.csv").exists() and study() == []
 
 def test_a_run_outside_of_the_project_is_refused_before_the_work(study, tmp_path, capsys):
-    assert main(["test-pipeline", "--profile", "pocket", "--settings", str(ROOT / "settings.ini"), "--output", "../elsewhere"]) == 2
-    assert "lies outside of the project" in capsys.readouterr().err and not (tmp_path.parent / "elsewhere").exists()
+    assert main([*COMMAND, "../elsewhere"]) == 2
+    assert "lies outside of the project" in capsys.readouterr().err
+    assert not (tmp_path.parent / "elsewhere").exists()
