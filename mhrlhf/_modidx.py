@@ -1456,6 +1456,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mhrlhf.tuning.balance.Gains.surely': ( 'tuning/balance.html#gains.surely',
                                                                                'mhrlhf/tuning/balance.py'),
                                        'mhrlhf.tuning.balance.doubtful': ('tuning/balance.html#doubtful', 'mhrlhf/tuning/balance.py'),
+                                       'mhrlhf.tuning.balance.first_weights': ( 'tuning/balance.html#first_weights',
+                                                                                'mhrlhf/tuning/balance.py'),
                                        'mhrlhf.tuning.balance.follow': ('tuning/balance.html#follow', 'mhrlhf/tuning/balance.py'),
                                        'mhrlhf.tuning.balance.neglected': ('tuning/balance.html#neglected', 'mhrlhf/tuning/balance.py'),
                                        'mhrlhf.tuning.balance.paired_gains': ( 'tuning/balance.html#paired_gains',

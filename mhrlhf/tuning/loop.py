@@ -22,7 +22,7 @@ from ..core.group import Team
 from ..images.denoiser import Denoiser, Text, join_texts
 from ..reward.noise import NoiseHeads, RatedLatents
 from .adapters import add_adapter, reference_of
-from .balance import follow, paired_gains, reach, shares
+from .balance import first_weights, follow, paired_gains, reach, shares
 from .guide import responses
 from .objectives import PAIR_OBJECTIVES, LevelScale, Pair, match, preferred_target
 from .watch import Seen, Watch
@@ -171,7 +171,7 @@ def _diverged(run):
 
 # %% ../../nbs/tuning/55_loop.ipynb #c6c45464
 def measure(run: Tuning, show=lambda done, total: None):
-    "What the base draws, and what each aspect can reach. Once, at the start of a run."
+    "What the base draws, what each aspect can reach, and the weights to begin with. Once, at the start of a run."
     s = run.settings
     with reference_of(run.denoiser.unet):
         run.base = run.watch.look(merge=False)
@@ -180,6 +180,7 @@ def measure(run: Tuning, show=lambda done, total: None):
             return
         def look(): return run.watch.look(merge=False).ratings
         run.responses = responses(run.denoiser, run.heads, look, run.base.ratings, s.strength, show).to_numpy()
+    run.weights = first_weights(run.responses)
 
 def look(run: Tuning) -> dict:  # gains (`Gains`), share, weights, uncertainty
     "Sample the watched prompts, compare with the base, and let the weights follow."

@@ -9,6 +9,7 @@ __all__ = ['PICTURES_AT_ONCE', 'sample_latents', 'Seen', 'Watch', 'score_latents
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+from fastcore.basics import patch
 from torch import Tensor
 import numpy as np
 import torch
@@ -42,15 +43,14 @@ def _sample(denoiser, text, seeds, sampling):
         num_inference_steps=sampling.steps, guidance_scale=sampling.guidance_scale,
         width=denoiser.width, height=denoiser.height).images
 
-# %% ../../nbs/tuning/53_watch.ipynb #7824750c
-PICTURES_AT_ONCE = 16  # that are decoded and scored together
-
+# %% ../../nbs/tuning/53_watch.ipynb #8558ec97
 @dataclass
 class Seen:
     "What the heads say of the watched prompts' pictures."
     ratings: np.ndarray      # (n, aspects), in rating units
     uncertainty: np.ndarray  # (n, aspects), standard errors in rating units
 
+# %% ../../nbs/tuning/53_watch.ipynb #dd055eb3
 @dataclass
 class Watch:
     "Fixed prompts and seeds, and who scores them."
@@ -64,16 +64,22 @@ class Watch:
         self.text = encode_texts(self.denoiser.pipe, self.prompts)
         self.seeds = [image_seed(prompt, 0) for prompt in self.prompts]
 
-    def latents(self, rows: list, merge: bool = True) -> Tensor:  # (rows, c, h, w)
-        "Samples of some of the prompts with the model as it is."
-        return sample_latents(self.denoiser, self.text[rows], [self.seeds[i] for i in rows], self.sampling, merge)
+# %% ../../nbs/tuning/53_watch.ipynb #9d8b7aab
+@patch
+def latents(self: Watch, rows: list, merge: bool = True) -> Tensor:  # (rows, c, h, w)
+    "Samples of some of the prompts with the model as it is."
+    return sample_latents(self.denoiser, self.text[rows], [self.seeds[i] for i in rows], self.sampling, merge)
 
-    def look(self, merge: bool = True) -> Seen:
-        "Sample and score all prompts with the model as it is; the same on every process."
-        mine = self.team.deal(len(self.prompts))
-        found = score_latents(self.denoiser, self.reward, self.latents(mine, merge), [self.prompts[i] for i in mine])
-        ratings, uncertainty = self.team.gather(found, len(self.prompts)).cpu().numpy().transpose(1, 0, 2)
-        return Seen(ratings, uncertainty)
+@patch
+def look(self: Watch, merge: bool = True) -> Seen:
+    "Sample and score all prompts with the model as it is; the same on every process."
+    mine = self.team.deal(len(self.prompts))
+    found = score_latents(self.denoiser, self.reward, self.latents(mine, merge), [self.prompts[i] for i in mine])
+    ratings, uncertainty = self.team.gather(found, len(self.prompts)).cpu().numpy().transpose(1, 0, 2)
+    return Seen(ratings, uncertainty)
+
+# %% ../../nbs/tuning/53_watch.ipynb #c5473c01
+PICTURES_AT_ONCE = 16  # that are decoded and scored together
 
 @torch.no_grad()
 def score_latents(
