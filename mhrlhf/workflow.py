@@ -18,6 +18,7 @@ from .core.settings import MODULES, TestPipelineSettings, load_settings
 from .pocket.judge import accuracy, load_judge
 from .pocket.scenes import scene_batch
 from .proof.compare import gain_text, win_text
+from .proof.evaluate import together_line
 
 # %% ../nbs/80_workflow.ipynb #911990c9
 def stage_settings(
@@ -33,14 +34,16 @@ def stage_settings(
                          processes=s.processes),
         "annotate": dict(annotations=root / "multihead_ratings.csv", simulate=s.raters, **rated),
         "train-reward": dict(output=heads["reward_model"], cache=root / "features", **rated),
-        "train-dspo": dict(output=root / "dspo_model", minutes=s.minutes, processes=s.processes, **heads),
+        "train-dspo": dict(output=root / "dspo_model", updates=s.updates, minutes=s.minutes, processes=s.processes,
+                           **heads),
         "evaluate": dict(model=root / "dspo_model", cache=root / "features", output=root / "evaluation",
                          limit=s.heldout, processes=s.processes, **heads),
     }
     return {stage: load_settings(stage, "pocket", path, **change) for stage, change in changes.items()}
 
 # %% ../nbs/80_workflow.ipynb #b575fefe
-SHARES = {"generate": 200, "annotate": 8, "train-reward": 22, "train-dspo": 220, "evaluate": 75}  # seconds on two cores
+# seconds on two cores
+SHARES = {"generate": 240, "annotate": 8, "train-reward": 100, "train-dspo": 150, "evaluate": 90}
 
 def _minutes(seconds):
     minutes, rest = divmod(int(seconds), 60)
@@ -90,7 +93,8 @@ def summarise(
         profile="pocket", ratings="simulated panel", seconds={k: round(v, 1) for k, v in seconds.items()},
         resumed=[stage for stage, note in notes.items() if note["attempts"] > 1], judge_accuracy=judge_accuracy(),
         composite=summary_row(table["composite"]), aspects={n: summary_row(table[n], heads[n]) for n in NAMES},
-        prompts=evaluation["pairs"], judged_by=evaluation["judged_by"])
+        prompts=evaluation["pairs"], judged_by=evaluation["judged_by"], together=evaluation["together"],
+        second_judge=evaluation.get("second_judge"))
 
 # %% ../nbs/80_workflow.ipynb #7a99afed
 _TITLES = f"{'':<14}{'base':>6}{'tuned':>7}   {'gain (base sd)':<23}{'win rate':<20}head: held-out r        ceiling"
@@ -114,13 +118,17 @@ def summary_lines(
     head = (f"{summary['prompts']} held-out prompts, base and tuned on the same seeds, "
             f"judged by the {summary['judged_by']} (right on {shares});")
     rows = [*summary["aspects"].items(), ("composite", summary["composite"])]
-    return [head, "ratings by a SIMULATED panel; 95 % intervals", "", _TITLES, *(summary_line(*row) for row in rows)]
+    lines = [head, "ratings by a SIMULATED panel; 95 % intervals", "", _TITLES, *(summary_line(*row) for row in rows)]
+    lines += ["", together_line(summary["together"])]
+    if not summary["second_judge"]: return lines
+    second = [summary_line(name, row) for name, row in summary["second_judge"].items()]
+    return [*lines, "", "the same pairs by a second judge, which trained nothing and chose nothing:", "", *second]
 
 # %% ../nbs/80_workflow.ipynb #16bd7182
 RESULTS = {  # without which a stage is not done
     "generate": ("generated.csv", "images"),
     "annotate": ("ratings.db",),
-    "train-reward": ("multihead_reward_model/reward_model.json", "multihead_reward_model/metrics.json"),
+    "train-reward": ("multihead_reward_model/reward_model.json", "multihead_reward_model/noise_heads.safetensors"),
     "train-dspo": ("dspo_model/pytorch_lora_weights.safetensors",),
     "evaluate": ("evaluation/evaluation.json",),
 }
@@ -190,6 +198,7 @@ def clear(
 _TO_LOOK_AT = (
     "summary.json", "evaluation/before_after.png", "evaluation/worst.png", "evaluation/gains.png",
     "multihead_reward_model/reward_model.json", "dspo_model/pytorch_lora_weights.safetensors", "dspo_model/gains.png",
+    "dspo_model/responses.png", "dspo_model/weights.png", "multihead_reward_model/noise_heads.png",
     "generated.csv", "multihead_ratings.csv", "ratings.db",
 )
 

@@ -71,7 +71,7 @@ def test_help_of_a_stage_shows_its_knobs_and_the_profiles_values(stage):
     (["generate", "--no-such-knob", "3"], "no-such-knob"),
     (["generate", "--steps", "many"], "many"),
     (["train-reward", "--folds", "1"], "folds 1: 2 or more is needed"),
-    (["train-dspo", "--prompts-per-update", "0"], "prompts-per-update 0: 1 or more is needed"),
+    (["train-dspo", "--watched", "1"], "watched 1: 2 or more is needed"),
     (["evaluate", "--seeds", "0"], "seeds 0: 1 or more is needed"),
     (["annotate", "--sitting", "0"], "sitting 0: 1 or more is needed"),
 ])

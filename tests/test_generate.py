@@ -168,11 +168,14 @@ def test_start_looks_at_100_000_images_in_seconds(tmp_path):
     assert known.seconds < 1 and unknown.seconds < 2
 
 def test_shipped_prompts():
-    train, held_out = read_prompts(ROOT/"data/prompts.csv"), read_prompts(ROOT/"data/prompts_heldout.csv")
-    texts, other = {p.prompt for p in train}, {p.prompt for p in held_out}
-    assert (len(texts), len(other)) == (720, 128) and not texts & other
-    assert not texts & unseen_captions() and len(other & unseen_captions()) == 64
-    for prompts in (train, held_out):
+    names = "prompts", "prompts_dev", "prompts_heldout"
+    train, dev, held_out = (read_prompts(ROOT/f"data/{name}.csv") for name in names)
+    texts, chosen_on, other = ({p.prompt for p in prompts} for prompts in (train, dev, held_out))
+    assert (len(texts), len(chosen_on), len(other)) == (720, 128, 512)
+    assert not texts & other and not texts & chosen_on and not chosen_on & other, "closing figures are of other prompts"
+    unseen = set(unseen_captions())
+    assert not texts & unseen and len(chosen_on & unseen) == 64 and len(other & unseen) == 51
+    for prompts in (train, dev, held_out):
         for part, kinds in ((1, 4), (2, 8)):
             counts = np.bincount([parse_caption(p.prompt)[part] for p in prompts])
             assert counts.min() == counts.max() and len(counts) == kinds

@@ -180,7 +180,7 @@ class TrainDSPOSettings(SamplingSettings):
     # reach: weight on aspects that lag behind what they can reach; equal: the plain sum
     balance: Literal["reach", "equal"] = "reach"
     strength: float = 12.0        # how far along the heads' gradient the sampler is moved; as in guided sampling
-    rate: float = 2.0             # of the balance: change of a weight for a share that lags by one
+    rate: float = 1.0             # of the balance: change of a weight for a share that lags by one
     anchor: float = 0.25          # share of a batch that asks with the empty prompt and stays where it was
     updates: int = 280            # optimizer steps
     batch: int = 16               # noisy pictures in an update, of all processes together

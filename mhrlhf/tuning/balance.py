@@ -56,27 +56,26 @@ def shares(
     "Gains as shares of what each aspect can reach."
     return gains / within
 
-# %% ../../nbs/tuning/51_balance.ipynb #a9af3d80
-RATE = 2.           # change of a weight for a share that lags by one
-LOWEST = -.5        # of a weight, in units of the mean positive one
-HIGHEST = 2.5       # of a weight, in units of the mean positive one
+# %% ../../nbs/tuning/51_balance.ipynb #62b21235
+RATE = 1.      # change of a weight for a share that lags by one
+LOWEST = .25   # of a weight: nobody is left out
+HIGHEST = 2.5  # of a weight
 
 def follow(
     weights: np.ndarray,  # (aspects,)
     share: np.ndarray,    # (aspects,)
     rate: float = RATE,
-) -> np.ndarray:          # (aspects,), positive ones sum to the number of aspects
+) -> np.ndarray:          # (aspects,), their sum is the number of aspects
     "Weights after a measurement: more for the aspects that lag behind the mean share."
-    moved = weights + rate * (share.mean() - share)
-    moved = np.clip(moved, LOWEST, HIGHEST)
-    return moved * len(moved) / moved[moved > 0].sum()
+    moved = np.clip(weights + rate * (share.mean() - share), LOWEST, HIGHEST)
+    return moved * len(moved) / moved.sum()
 
 # %% ../../nbs/tuning/51_balance.ipynb #818ba97c
 PULL = 1.  # towards equal weights, against a share's distance from one
 
 def first_weights(
     responses: np.ndarray,  # (aspects, heads), of `guide.responses`
-) -> np.ndarray:            # (aspects,), positive ones sum to the number of aspects
+) -> np.ndarray:            # (aspects,), their sum is the number of aspects
     "Weights from which a run begins: ridge regression of equal shares on the responses, around equal weights."
     respond, equal = responses / reach(responses)[:, None], np.ones(len(responses))
     solved = np.linalg.solve(respond.T @ respond + PULL * np.eye(len(equal)), respond.T @ equal + PULL * equal)
