@@ -146,7 +146,7 @@ class TrainRewardSettings(PipelineSettings):
     # composite: 0 the weighted sum; above: soft minimum at this temperature in standard deviations,
     # the lower the more the weakest aspect decides
     soft_minimum: float = 0.0
-    draws: int = 12000            # noisy pictures from which the noise-aware heads learn; 0: none of these heads
+    draws: int = 10000            # noisy pictures from which the noise-aware heads learn; 0: none of these heads
     copies: int = 1               # moved and zoomed copies of each rated picture, which teach as well
     members: int = 3              # of the noise-aware heads; each learns without one part of the prompts
     noise_epochs: int = 2         # passes over the draws; more learn them by heart
@@ -246,10 +246,10 @@ class MonitorSettings(Settings):
 class TestPipelineSettings(Settings):
     "The whole method on the pocket in ten minutes."
     output: Path = Path("outputs/test_pipeline")  # folder written; everything the run makes lies in it
-    prompts: int = 720        # prompts that get rated images
+    prompts: int = 600        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 208        # prompts of the evaluation
-    updates: int = 280        # of the tuning
+    updates: int = 200        # of the tuning
     minutes: float = 10.      # of the tuning, at most
     processes: int = 2        # that generate, tune and evaluate
     fresh: bool = False       # start over instead of continuing
