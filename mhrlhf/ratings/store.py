@@ -135,12 +135,15 @@ class RatingStore:
 
     def __repr__(self): return f"RatingStore({shown_url(self.engine.url)})"
 
-# %% ../../nbs/ratings/30_store.ipynb #f7e58e26
+# %% ../../nbs/ratings/30_store.ipynb #708a2cd3
 _REASON_LENGTH = 120  # characters of what the database says that are shown
 
 class StoreError(InputError):
     "The database did not do what it was asked; `reason` is what it said."
-    def __init__(self, url, error):
+    def __init__(self,
+        url,    # of the database, SQLAlchemy's or text
+        error,  # what was raised
+    ):
         while error.__cause__: error = error.__cause__
         self.reason = " ".join(str(error).split())[:_REASON_LENGTH]
         super().__init__(f"database {shown_url(url)}: {self.reason}; nothing of this was stored, everything before "
