@@ -947,6 +947,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mhrlhf.reward.train': { 'mhrlhf.reward.train.Rated': ('reward/train.html#rated', 'mhrlhf/reward/train.py'),
                                      'mhrlhf.reward.train.Rated.__len__': ('reward/train.html#rated.__len__', 'mhrlhf/reward/train.py'),
                                      'mhrlhf.reward.train.Trained': ('reward/train.html#trained', 'mhrlhf/reward/train.py'),
+                                     'mhrlhf.reward.train.Trained.__repr__': ( 'reward/train.html#trained.__repr__',
+                                                                               'mhrlhf/reward/train.py'),
                                      'mhrlhf.reward.train.Trained._repr_html_': ( 'reward/train.html#trained._repr_html_',
                                                                                   'mhrlhf/reward/train.py'),
                                      'mhrlhf.reward.train._axes': ('reward/train.html#_axes', 'mhrlhf/reward/train.py'),

@@ -119,7 +119,7 @@ def rated_images(
     return Rated(list(ratings.index), list(rows.prompt), list(rows.prompt_id), list(genres), ratings,
                  rating_weights(tidy, ratings), overall.reindex(ratings.index), left_out)
 
-# %% ../../nbs/reward/46_train.ipynb #3475083e
+# %% ../../nbs/reward/46_train.ipynb #7f96ce5f
 @dataclass
 class Trained:
     "A model and what is known about it."
@@ -130,6 +130,8 @@ class Trained:
     weights_from: str        # where the weights come from
     fit: Fit
     trust: Trust             # calibration, uncertainty, leakage, genres
+
+    def __repr__(self): return show_report(self.report).to_string()
 
     def _repr_html_(self): return show_report(self.report).to_html()
 
