@@ -19,6 +19,9 @@ class Recipe:
     seed: int = 0
     judge_steps: int = 6300      # of 64 scenes
     judge_width: int = 32        # channels of the judge's first layer
+    second_steps: int = 2000     # of 64 scenes, for the second judge
+    second_bank: int = 1536      # scenes that went through autoencoder and UNet, for the second judge
+    second_kept: int = 2200      # fresh scenes that it draws batches from
     clip_steps: tuple = (9500, 4000)  # of 96 scenes with captions: with their words, then with their factors too
     bank: int = 6400             # scenes that went through autoencoder and UNet, for judge and backbone
     vae_steps: tuple = (3200, 5500, 5600)  # of 16 fresh scenes; each round with its own schedule
@@ -32,7 +35,8 @@ class Recipe:
 
 RECIPES = {
     "cpu": Recipe(),
-    "fast": Recipe(judge_steps=12, judge_width=8, clip_steps=(8, 8), bank=128, vae_steps=(12,), scenes=128,
+    "fast": Recipe(judge_steps=12, judge_width=8, second_steps=4, second_bank=44, second_kept=44,
+                   clip_steps=(8, 8), bank=128, vae_steps=(12,), scenes=128,
                    vae_channels=(8, 16, 16), unet_steps=(12,), unet_channels=(32, 64), tiny_steps=12),
 }
 

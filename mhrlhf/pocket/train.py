@@ -24,6 +24,7 @@ from .generator import channels_last, decoded_scenes, train_tiny_vae, train_unet
 from .judge import CHOICES, JudgeNet, judge_loss, load_judge, to_tensor
 from .recipe import RECIPES, Recipe, fit, watch
 from .scenes import caption, parse_caption, scene_batch
+from .second_judge import build_second_judge
 
 # %% ../../nbs/pocket/28_train.ipynb #f8ed54ec
 _FRESH, _REDRAWN = 40, 24  # images of each kind in a batch
@@ -82,6 +83,9 @@ def _build_others(r, folder, log):
     if not (folder / "judge.safetensors").exists():
         print("judge")
         save_weights(train_judge(r, pipe, log), folder / "judge.safetensors")
+    if not (folder / "second_judge.safetensors").exists():
+        print("second judge")
+        build_second_judge(pipe, folder, log, r.second_steps, r.second_bank, r.second_kept)
     if not (folder / "openclip").exists():
         print("openclip")
         save_clip(*train_clip(r, pipe, log), folder / "openclip", r.vocabulary)
