@@ -18,7 +18,7 @@ from mhrlhf.ratings.agreement import (
 )
 from mhrlhf.core.aspects import NAMES
 from mhrlhf.ratings.assignment import assign
-from mhrlhf.ratings.panel import RatingSession, rating_order
+from mhrlhf.ratings.session import RatingSession, rating_order
 from mhrlhf.ratings.raters import true_scores
 from mhrlhf.ratings.simulated import simulated_panel, simulated_raters
 from mhrlhf.ratings.store import RatingStore

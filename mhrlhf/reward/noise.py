@@ -58,7 +58,7 @@ def moved_copies(
     "A copy of each picture: shifted, zoomed, and half of them mirrored; what is missing at an edge repeats it."
     def uniform(low, high): return low + (high - low) * torch.rand(len(pixels), generator=generator)
     zoom = torch.exp(uniform(np.log(ZOOM[0]), np.log(ZOOM[1])))
-    mirror = torch.where(torch.rand(len(pixels), generator=generator) < .5, -1., 1.)
+    mirror = 1. - 2 * torch.randint(0, 2, (len(pixels),), generator=generator)
     affine = torch.zeros(len(pixels), 2, 3)
     affine[:, 0, 0], affine[:, 1, 1] = mirror / zoom, 1 / zoom
     for axis, most in enumerate(SHIFT): affine[:, axis, 2] = -2 * uniform(-most, most) / zoom
@@ -328,7 +328,7 @@ def rated_latents(
 
 def _fitted(denoiser, picture):
     "A picture as (1, 3, H, W) in [0, 1], in the size that the image model draws."
-    pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None] / 255
+    pixels = torch.tensor(picture).permute(2, 0, 1)[None] / 255
     size = denoiser.height, denoiser.width
     if pixels.shape[2:] == size: return pixels
     return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
