@@ -60,7 +60,7 @@ test: setup ## all tests: lint, the house's order, every notebook, tests/
 	@$(BIN)/python tools/test.py
 
 lint: setup ## how the code is written, notebooks too; the rules stand in pyproject.toml
-	@$(BIN)/python tools/test.py lint
+	@$(BIN)/python tools/test.py lint types
 
 notebooks: setup ## run every notebook and save its outputs
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/nbdev-test --save --n-workers 2 && $(BIN)/nbdev-clean

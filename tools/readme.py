@@ -1,5 +1,6 @@
 """README.md from nbs/index.ipynb: text, code and saved outputs; pictures go to nbs/images. And in each room's page,
-nbs/ROOM/index.ipynb, the list of its notebooks, from their own summaries. `--check` only compares."""
+nbs/ROOM/index.ipynb, the list of its notebooks, from their own summaries; and the documentation's sidebar, in the
+order of the rooms. `--check` only compares."""
 from pathlib import Path
 import base64, json, posixpath, re, sys
 
@@ -7,6 +8,7 @@ from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK, README, IMAGES = ROOT / "nbs/index.ipynb", ROOT / "README.md", ROOT / "nbs/images"
+SIDEBAR = ROOT / "nbs/sidebar.yml"
 ROOM_PAGES = sorted(ROOT.glob("nbs/*/index.ipynb"))
 LIST = "## Its notebooks"
 LINK = re.compile(r'(\]\(|src="|href=")(?![a-z]+:|#|/)([^)"\s]+)')
@@ -26,6 +28,10 @@ def output(cell, number, out, pictures):
     text = data.get("text/plain") or "".join(out.get("text", ""))
     return f"```text\n{text.strip()}\n```"
 
+def notebooks(folder):
+    "Those with a number, in order."
+    return sorted(folder.glob("[0-9]*.ipynb"))
+
 def summary(notebook):
     "The line under a notebook's title."
     prose = [cell.source for cell in read_nb(notebook).cells if cell.cell_type == "markdown"]
@@ -34,11 +40,22 @@ def summary(notebook):
 def room_page(page):
     "A room's page with the list of the notebooks that lie beside it, as the text of its file."
     notebook = json.loads(page.read_text(encoding="utf-8"))
-    paths = sorted(page.parent.glob("[0-9]*.ipynb"))
-    lines = [LIST, "", *(f"- [{path.stem}]({path.name}): {summary(path)}" for path in paths)]
+    lines = [LIST, "", *(f"- [{p.stem}]({p.name}): {summary(p)}" for p in notebooks(page.parent))]
     for cell in notebook["cells"]:
         if cell["source"][0].strip() == LIST: cell["source"] = "\n".join(lines).splitlines(keepends=True)
     return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"  # as nbdev-clean writes it
+
+def sidebar():
+    "Quarto's sidebar: the rooms by their numbers, then what stands above them; nbdev's own goes by the alphabet."
+    lines = ["website:", "  sidebar:", "    contents:", "      - index.ipynb"]
+    rooms = sorted((page.parent for page in ROOM_PAGES), key=lambda room: notebooks(room)[0].name)
+    for room in [*rooms, ROOT / "nbs", ROOT / "nbs/tutorials"]:
+        name = room.relative_to(ROOT / "nbs").as_posix()
+        if room in rooms: lines += [f"      - section: {name}", f"        href: {name}/index.ipynb"]
+        else: lines += [f"      - section: {'top' if name == '.' else name}"]
+        lines += ["        contents:"]
+        lines += [f"          - {p.relative_to(ROOT / 'nbs').as_posix()}" for p in notebooks(room)]
+    return "\n".join(lines) + "\n"
 
 def render():
     "The README's text and its pictures, name -> bytes."
@@ -57,7 +74,8 @@ def files():
     "All that is made here: path -> bytes."
     text, pictures = render()
     pages = {page: room_page(page).encode() for page in ROOM_PAGES}
-    return {README: text.encode()} | {IMAGES / name: data for name, data in pictures.items()} | pages
+    images = {IMAGES / name: data for name, data in pictures.items()}
+    return {README: text.encode(), SIDEBAR: sidebar().encode()} | images | pages
 
 def faults():
     "What is out of step, as a list."

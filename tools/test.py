@@ -1,5 +1,5 @@
 """`make test`: lint, the house's order, every notebook, tests/. Every phase runs, whatever the others said; the exit
-code tells of all. `tools/test.py lint` (`make lint`) runs one phase."""
+code tells of all. `tools/test.py lint types` (`make lint`) runs these."""
 from pathlib import Path
 from time import monotonic
 import os, shutil, subprocess, sys
@@ -9,6 +9,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q"]
 WORKERS = "2"
 PHASES = {  # the last one's closing line ends the run
     "lint": [BIN / "ruff", "check", "."],
+    "types": [BIN / "mypy"],
     "house": [*PYTEST, "tests/test_house.py"],
     "notebooks": [BIN / "nbdev-test", "--n-workers", WORKERS, "--timing"],
     "tests": [*PYTEST, "--durations", "5", "tests", "--ignore", "tests/test_house.py"],
