@@ -72,7 +72,7 @@ def save_other_pipeline(folder):
     "A pipeline whose VAE has factor 8 and 8 latent channels, and whose text encoders have other widths."
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
-    from mhrlhf.pocket.train import build_pipeline, build_tokenizer
+    from mhrlhf.pocket.networks import build_pipeline, build_tokenizer
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4, latent_channels=8,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)

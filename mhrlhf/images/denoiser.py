@@ -6,7 +6,7 @@
 __all__ = ['TEXTS_AT_ONCE', 'PREDICTIONS', 'LATENTS_AT_ONCE', 'Text', 'join_texts', 'encode_texts', 'empty_text',
            'check_scheduler', 'Denoiser']
 
-# %% ../../nbs/images/17_denoiser.ipynb #522d2dd8
+# %% ../../nbs/images/17_denoiser.ipynb #c5bf4f37
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch
 
 from ..core.files import InputError
 
-# %% ../../nbs/images/17_denoiser.ipynb #1a291fd7
+# %% ../../nbs/images/17_denoiser.ipynb #b06badf8
 @dataclass
 class Text:
     "Encoded prompts."
@@ -32,7 +32,7 @@ def join_texts(
     "Several encoded texts in a row."
     return Text(torch.cat([t.embeds for t in texts]), torch.cat([t.pooled for t in texts]))
 
-# %% ../../nbs/images/17_denoiser.ipynb #8a0dc3e8
+# %% ../../nbs/images/17_denoiser.ipynb #270fa9b6
 TEXTS_AT_ONCE = 16  # prompts in a pass of the text encoders
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def empty_text(
     _, embeds, _, pooled = pipe.encode_prompt([""], device=pipe.device, do_classifier_free_guidance=True)
     return Text(embeds, pooled)
 
-# %% ../../nbs/images/17_denoiser.ipynb #2f0dba9c
+# %% ../../nbs/images/17_denoiser.ipynb #4e52c059
 PREDICTIONS = ("epsilon", "v_prediction")  # what a UNet may say of a noisy latent
 
 def check_scheduler(
@@ -67,7 +67,7 @@ def check_scheduler(
     if (kind := scheduler.config.prediction_type) not in PREDICTIONS:
         raise InputError(f"scheduler {name}: prediction type {kind!r}; one of {', '.join(PREDICTIONS)} is needed")
 
-# %% ../../nbs/images/17_denoiser.ipynb #46b35357
+# %% ../../nbs/images/17_denoiser.ipynb #b511d79f
 class Denoiser:
     "A pipeline's UNet as a function of noisy latents, with what belongs to it: texts, noise levels, latents."
     def __init__(self,
@@ -85,7 +85,7 @@ class Denoiser:
     @property
     def device(self) -> torch.device: return self.unet.device
 
-# %% ../../nbs/images/17_denoiser.ipynb #44da66b5
+# %% ../../nbs/images/17_denoiser.ipynb #1fdd4b13
 @patch
 def conditions(self: Denoiser, text: Text) -> dict:  # the UNet's `added_cond_kwargs`
     "SDXL's added conditions: pooled text, original size, crop and target size."
@@ -105,7 +105,7 @@ def noised(self: Denoiser, latents: Tensor, timestep: Tensor, noise: Tensor) -> 
     alpha = self.alpha(timestep)
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
-# %% ../../nbs/images/17_denoiser.ipynb #a82c9e02
+# %% ../../nbs/images/17_denoiser.ipynb #a0b3027e
 @patch
 def __call__(self: Denoiser,
     noisy: Tensor,     # z_t (n, c, h, w)
@@ -119,7 +119,7 @@ def __call__(self: Denoiser,
     alpha = self.alpha(timestep)
     return alpha.sqrt() * said + (1 - alpha).sqrt() * noisy
 
-# %% ../../nbs/images/17_denoiser.ipynb #1b64194f
+# %% ../../nbs/images/17_denoiser.ipynb #1f70059c
 @contextmanager
 def _watched(unet, then):
     "Collects the outputs of the first down block and the middle, then calls `then`."
@@ -141,7 +141,7 @@ def _stop(): raise _Enough
 
 def _without_gradient(): torch.set_grad_enabled(False)
 
-# %% ../../nbs/images/17_denoiser.ipynb #821436ba
+# %% ../../nbs/images/17_denoiser.ipynb #919b732d
 @patch
 def features(self: Denoiser, noisy: Tensor, timestep: Tensor, text: Text) -> list:  # of 2 tensors (n, channels, h, w)
     "What the UNet sees in noisy latents: behind its first down block and in its middle; differentiable."
@@ -160,7 +160,7 @@ def channels(self: Denoiser) -> list:  # of 2 numbers
     widths = self.unet.config.block_out_channels
     return [widths[0], widths[-1]]
 
-# %% ../../nbs/images/17_denoiser.ipynb #eb34db32
+# %% ../../nbs/images/17_denoiser.ipynb #3db3948a
 LATENTS_AT_ONCE = 16  # pictures in a pass of the VAE
 
 def _shift_and_scale(vae):

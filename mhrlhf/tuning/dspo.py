@@ -45,7 +45,7 @@ def prepare(
     denoiser = Denoiser(load_pipeline(s.pipeline, device.type, s.dtype, s.vae), s.width, s.height)
     heads, rated = load_noise_heads(folder, denoiser), load_rated(folder, denoiser)
     if heads.aspects != list(reward.aspects): raise InputError(_other_aspects(folder, heads, reward))
-    if len(rated.prompts) < 2: raise InputError(f"{folder}: one rated prompt; two or more are needed to measure gains")
+    if len(rated.prompts) == 1: raise InputError(f"{folder}: one rated prompt; two or more are needed to measure gains")
     sampling = Sampling(s.watch_steps, s.guidance_scale, s.batch, s.width, s.height)
     watch = Watch(denoiser, reward, rated.prompts[::_every(rated, s.watched)][:s.watched], sampling, team)
     return start(denoiser, heads, rated, watch, s, team)
@@ -190,7 +190,7 @@ def finish(run: Tuning, folder, why: str) -> list:  # files
     return [save_adapter(run.denoiser.unet, folder), folder / "dspo.json",
             save_figure(history_curves(table, names, "update", label), folder / "gains.png"),
             save_figure(history_curves(weights, names, "update", "weight of the head"), folder / "weights.png"),
-            save_figure(heat_maps({"gain of the aspects (rows) when one head alone is followed": responses}),
+            save_figure(heat_maps({"gains by one head (column) alone": responses}),
                         folder / "responses.png")]
 
 # %% ../../nbs/tuning/56_dspo.ipynb #d4f1d759
