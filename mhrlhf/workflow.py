@@ -121,7 +121,8 @@ def summary_lines(
     lines = [head, "ratings by a SIMULATED panel; 95 % intervals", "", _TITLES, *(summary_line(*row) for row in rows)]
     lines += ["", together_line(summary["together"])]
     if not summary["second_judge"]: return lines
-    second = [summary_line(name, row) for name, row in summary["second_judge"].items()]
+    table = summary["second_judge"]
+    second = [summary_line(name, row if name in NAMES else summary_row(row)) for name, row in table.items()]
     return [*lines, "", "the same pairs by a second judge, which trained nothing and chose nothing:", "", *second]
 
 # %% ../nbs/80_workflow.ipynb #16bd7182

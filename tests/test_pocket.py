@@ -9,7 +9,8 @@ from mhrlhf.images.models import load_pipeline, pocket_folder
 from mhrlhf.pocket.train import RECIPES, train_judge
 
 SHIPPED = ("sdxl/unet/diffusion_pytorch_model.safetensors", "openclip/open_clip_model.safetensors",
-           "tiny_vae/diffusion_pytorch_model.safetensors", "judge.safetensors", "second_judge.safetensors", "recipe.json", "log.jsonl")
+           "tiny_vae/diffusion_pytorch_model.safetensors", "judge.safetensors", "second_judge.safetensors",
+           "recipe.json", "log.jsonl")
 
 
 def build(recipe, folder):
