@@ -106,7 +106,7 @@ def summary_line(
     "One line of the closing table, under `_TITLES`."
     levels = f"{row['base']:6.2f}{row['tuned']:7.2f}" if "base" in row else " " * 13
     line = f"{name:<14}{levels}   {gain_text(row):<23}{win_text(row):<20}"
-    if "plcc" not in row: return line
+    if "plcc" not in row: return line.rstrip()
     return f"{line}{row['plcc']:.2f} [{row['plcc_low']:.2f}, {row['plcc_high']:.2f}]    {row['ceiling']:.2f}"
 
 def summary_lines(
