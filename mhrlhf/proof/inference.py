@@ -8,7 +8,7 @@ __all__ = ['load_adapter', 'file_name', 'run']
 # %% ../../nbs/proof/60_inference.ipynb #cf06d340
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-import re
+import re, textwrap
 
 from safetensors import SafetensorError
 
@@ -85,8 +85,10 @@ def _asked_prompts(settings):
     if prompts and all(prompts): return prompts
     raise InputError('no prompt; give one or more texts: --prompt "a fox in the snow" "a rose in a meadow"')
 
+_TITLE = 24  # characters a line
+
 def _side_by_side(base, changed, kind, prompts, seeds, path):
-    titles = [f"{p[:30]} {s}" for p, s in zip(prompts, seeds)]
+    titles = ["\n".join(textwrap.wrap(f"{p} ({s})", _TITLE)) for p, s in zip(prompts, seeds)]
     return save_figure(picture_grid([base, changed], ["untuned", kind or "tuned"], titles, scale=1.6), path)
 
 # %% ../../nbs/proof/60_inference.ipynb #7b579a4f
