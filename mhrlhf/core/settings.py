@@ -210,13 +210,15 @@ class EvaluateSettings(SamplingSettings):
     reward_model: Path = Path("outputs/multihead_reward_model")  # scores where no judge can see
     # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
     backbone: str = ""
-    cache: Path = Path("outputs/features")                       # features, kept by content
+    # features, kept by content, and the base model's images, kept by what made them
+    cache: Path = Path("outputs/features")
     # auto: the judge for pocket images, else the reward heads
     judged_by: Literal["auto", "judge", "heads"] = "auto"
     output: Path = Path("outputs/evaluation")                    # folder written
     seeds: int = 1                                               # images per prompt
     limit: int = 0                                               # use only the first prompts; 0: all
     processes: int = 1                                           # that share the sampling; one per GPU
+    force: bool = False                                          # write over another evaluation in the same folder
 
 # %% ../../nbs/core/02_settings.ipynb #1904f7f0
 @dataclass(frozen=True)
