@@ -22,6 +22,8 @@ DESCRIPTIONS = {
     "evaluate": "base and tuned model on held-out prompts, with intervals",
     "inference": "images from a tuned model",
     "monitor": "watch a run in TensorBoard",
+    "runs": "what runs there are, and what differs between two of them",
+    "report": "one HTML file about a run, from the raters to the tuned model",
     "test-pipeline": "the whole method on the embedded pocket, in ten minutes",
 }
 

@@ -7,7 +7,7 @@ __all__ = ['UNKNOWABLE', 'FEWEST', 'SAME', 'NAMED', 'LEAST_SPREAD', 'MATRICES', 
            'rated_images', 'Trained', 'train', 'pictures', 'extreme_pictures', 'write_results', 'changed_images',
            'oldest_counting', 'tracked', 'ceilings_of', 'teach_noise_heads', 'run']
 
-# %% ../../nbs/reward/47_train.ipynb #d25bb6a1
+# %% ../../nbs/reward/47_train.ipynb #163a2718
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,7 +41,9 @@ from mhrlhf.reward.noise import (
     save_rated, unet_identity,
 )
 from .readings import fit_projection, opposite_axes, opposite_pairs, summary
-from .trust import EXTREMES, Trust, extremes, heldout_report, show_report, trust
+from mhrlhf.reward.trust import (
+    EXTREMES, Trust, extremes, heldout_report, label_baseline, label_dict, label_text, show_report, trust,
+)
 from .weights import combination_weights, read_choices, weights_by_hand
 
 # %% ../../nbs/reward/47_train.ipynb #51e5ea1d
@@ -74,7 +76,7 @@ def _why_not(rated, prompts, folds):
                 "rate images of different quality")
     return ""
 
-# %% ../../nbs/reward/47_train.ipynb #9abeffda
+# %% ../../nbs/reward/47_train.ipynb #e2eb37a7
 NAMED = 3  # images that a message names
 
 @dataclass
@@ -88,6 +90,7 @@ class Rated:
     weights: pd.DataFrame  # the same shape: 0 where not rated, mean 1 elsewhere
     overall: pd.Series     # mean overall rating of each image, NaN where not given
     left_out: dict         # aspect -> why it gets no head
+    generators: list = None  # n names of the image models, "" where they are not known
     contents: list = None  # n content keys of the image files, None where they are not known
 
     def __len__(self): return len(self.paths)
@@ -102,7 +105,7 @@ def _described(tidy, metadata):
     raise InputError(f"{len(unknown)} rated images are not in the metadata ({some}); "
                      "name the metadata of the images that were rated")
 
-# %% ../../nbs/reward/47_train.ipynb #b1b88e76
+# %% ../../nbs/reward/47_train.ipynb #cf89b151
 def rated_images(
     tidy: pd.DataFrame,      # rater, prompt_id, image_path, aspect, value
     metadata: pd.DataFrame,  # prompt_id, image_path, prompt, optionally genre
@@ -122,9 +125,10 @@ def rated_images(
     ratings = ratings.drop(columns=list(left_out))
     genres = rows.get("genre", pd.Series("", rows.index)).fillna("")
     return Rated(list(ratings.index), list(rows.prompt), list(rows.prompt_id), list(genres), ratings,
-                 rating_weights(tidy, ratings), overall.reindex(ratings.index), left_out)
+                 rating_weights(tidy, ratings), overall.reindex(ratings.index), left_out,
+                 list(rows.get("pipeline", pd.Series("", rows.index)).fillna("")))
 
-# %% ../../nbs/reward/47_train.ipynb #3475083e
+# %% ../../nbs/reward/47_train.ipynb #2b1bf2c1
 @dataclass
 class Trained:
     "A model and what is known about it."
@@ -135,6 +139,7 @@ class Trained:
     weights_from: str        # where the weights come from
     fit: Fit
     trust: Trust             # calibration, uncertainty, leakage, genres
+    labels: pd.DataFrame     # of `label_baseline`: what generator, genre and prompt alone predict
 
     def _repr_html_(self): return show_report(self.report).to_html()
 
@@ -182,7 +187,7 @@ def _info(trained_on, backbone, settings, predicted, fit, known, weights, source
 
 def _unwatched(epoch, scores): pass
 
-# %% ../../nbs/reward/47_train.ipynb #ee5fabb2
+# %% ../../nbs/reward/47_train.ipynb #61bea6f2
 def train(
     rated: Rated,
     features: Features,    # of its images
@@ -206,7 +211,9 @@ def train(
     weights, source = combination_weights(settings.weights, report, predicted, rated.overall, ids, choices)
     info = _info(ratings, backbone, settings, predicted, fit, known, weights, source)
     model = RewardModel(backbone, projection, fit.heads, info)
-    return Trained(model, rated, predicted, report.join(weights), source, fit, known)
+    generators = rated.generators or [""] * len(rated)
+    labels = label_baseline(dict(generator=generators, genre=rated.genres), ratings, ids, folds)
+    return Trained(model, rated, predicted, report.join(weights), source, fit, known, labels)
 
 # %% ../../nbs/reward/47_train.ipynb #c6395b03
 def _scatter_title(aspect, r):
@@ -250,12 +257,13 @@ def extreme_pictures(
     titles = [kind for kind in EXTREMES for _ in range(count)]
     return picture_grid(rows, list(predicted), titles, captions=captions)
 
-# %% ../../nbs/reward/47_train.ipynb #a570f342
+# %% ../../nbs/reward/47_train.ipynb #d83342f0
 def _write_metrics(trained, path, data, extra):
     "All figures of a report as JSON."
     aspects = json.loads(trained.report.to_json(orient="index"))
     write_json(path, dict(aspects=aspects, weights_from=trained.weights_from, left_out=trained.rated.left_out,
-                          epoch=trained.fit.epoch, data=data, **trained.trust.as_dict(), **extra))
+                          epoch=trained.fit.epoch, data=data, labels=label_dict(trained.labels),
+                          **trained.trust.as_dict(), **extra))
     return path
 
 # %% ../../nbs/reward/47_train.ipynb #157626d3
@@ -389,7 +397,7 @@ def ceilings_of(
     table = agreement(tidy[tidy.aspect != "overall"]).table
     return {a: float(c) for a, c in table.ceiling.items() if pd.notna(c)}
 
-# %% ../../nbs/reward/47_train.ipynb #59186af7
+# %% ../../nbs/reward/47_train.ipynb #eb196e1d
 def _say_ratings(rated, tidy):
     raters = f"{'SIMULATED ' if is_simulated(tidy) else ''}raters"
     print(f"{len(rated)} images of {len(set(rated.prompt_ids))} prompts, "
@@ -400,6 +408,7 @@ def _say_results(trained, folds, files):
     print(f"\n\nheld out, {folds} folds by prompt, 95 % intervals over prompts:")
     print(show_report(trained.report).to_string())
     print(f"\nhow far to trust them: calibration, uncertainty, leakage\n{trained.trust}\n")
+    print(label_text(trained.labels))
     print(f"{trained.trust.genre_text()}weights: {trained.weights_from}\n")
     print("\n".join(map(str, files)))
 
