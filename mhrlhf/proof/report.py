@@ -117,7 +117,7 @@ def file_hashes(
     there = [Path(p) for p in paths if Path(p).is_file()]
     return pd.DataFrame(dict(sha256={str(p): _hash(p) for p in there}))
 
-# %% ../../nbs/proof/68_report.ipynb #f390ad3c
+# %% ../../nbs/proof/68_report.ipynb #852157ed
 def _json_of(folder, name):
     path = Path(folder) / name
     return read_json(path) if path.exists() else None
@@ -129,7 +129,8 @@ def _pictures(folder, *names):
 
 def _settings_html(settings):
     if not settings: return ""
-    return f"<details><summary>settings</summary>{table_html(pd.DataFrame(dict(value=pd.Series(settings).map(str))))}</details>"
+    table = table_html(pd.DataFrame(dict(value=pd.Series(settings).map(str))))
+    return f"<details><summary>settings</summary>{table}</details>"
 
 def _missing(what, command): return f"<p>{what}: not there; <code>mhrlhf {command}</code> makes it.</p>"
 
@@ -168,12 +169,14 @@ def _reward(settings, metrics):
                    _pictures(settings.reward_model, "scatter", "reliability", "aspects", "noise_heads"),
                    _settings_html(about.get("settings")))
 
-# %% ../../nbs/proof/68_report.ipynb #672d53ff
+# %% ../../nbs/proof/68_report.ipynb #36eae18e
+_NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
+
 def _tuning(settings, history):
     "What the tuning did."
     if not history: return section("Tuning", _missing("the tuned model", "train-dspo"))
-    looks = pd.DataFrame({f"update {h['update']}": [f"{g:+.2f} ± {1.96 * e:.2f}" for g, e in zip(h["gains"], h["errors"])]
-                          for h in history["history"]}, index=history["aspects"])
+    def said_of(h): return [f"{g:+.2f} ± {_NORMAL_95 * e:.2f}" for g, e in zip(h["gains"], h["errors"])]
+    looks = pd.DataFrame({f"update {h['update']}": said_of(h) for h in history["history"]}, index=history["aspects"])
     said = (f"<p>stopped: {escape(str(history['stopped']))}; kept: update {history['kept_update']}. Gains by the heads "
             "on prompts whose images they learnt from, in base standard deviations:</p>")
     return section("Tuning", said, table_html(looks), _pictures(settings.model, "gains", "weights", "responses"),

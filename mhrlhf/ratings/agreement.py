@@ -325,8 +325,8 @@ def disagreement_flags(
     if not found: return pd.DataFrame(columns=columns)
     return pd.concat(found).sort_values("p", ignore_index=True)[columns]
 
-# %% ../../nbs/ratings/35_agreement.ipynb #6ccbbdb4
-SMALL = 400  # ratings, up to which REML is offered: it inverts a matrix of that size
+# %% ../../nbs/ratings/35_agreement.ipynb #26a2d35f
+SMALL = 120  # ratings, up to which REML is offered: it inverts a matrix of that size
 
 def _covariance(ratios, image, rater):
     "Covariance of the ratings for an error variance of 1."

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LEAST_VARIANCE', 'LEAST_BIAS', 'FEWEST_VOTES', 'MOST_VOTES', 'LEAST_SHARE', 'FEWEST_PER_IMAGE', 'ROUNDS', 'METHODS',
            'LEAST_ERROR', 'FEWEST_PAIRS', 'PROFILE', 'LIMIT', 'FEWEST_SHARED', 'MOST_COMPARED', 'ALIKE_FROM',
-           'TOO_ALIKE', 'LESS_THAN_MOST', 'STRAIGHT', 'VARIED', 'LEFT_EARLY', 'FEW_REPEATS', 'SINGLE', 'BIAS_SHARE',
-           'MOST_RATERS', 'WANTED', 'TrueScores', 'variance_components', 'true_scores', 'correlation_interval',
-           'rater_profiles', 'suspect_raters', 'rater_findings', 'plot_raters', 'rater_consistency', 'plot_disputed',
-           'aspect_correlations', 'planned_interval', 'raters_needed', 'plot_plan', 'PanelReport', 'panel_report']
+           'TOO_ALIKE', 'LESS_THAN_MOST', 'STRAIGHT', 'VARIED', 'FEWEST_SAID', 'LEFT_EARLY', 'FEW_REPEATS', 'SINGLE',
+           'BIAS_SHARE', 'MOST_RATERS', 'WANTED', 'TrueScores', 'variance_components', 'true_scores',
+           'correlation_interval', 'rater_profiles', 'suspect_raters', 'rater_findings', 'plot_raters',
+           'rater_consistency', 'plot_disputed', 'aspect_correlations', 'planned_interval', 'raters_needed',
+           'effective_size', 'planned_head', 'images_needed', 'plot_plan', 'PanelReport', 'panel_report']
 
-# %% ../../nbs/ratings/36_raters.ipynb #bc47ddbe
+# %% ../../nbs/ratings/36_raters.ipynb #3441ff1f
 from dataclasses import dataclass
 from html import escape
 import base64, io, math, textwrap
@@ -23,7 +24,7 @@ from ..core.files import InputError, atomic_path, inside
 from ..core.plots import figure
 from mhrlhf.ratings.agreement import (
     Agreement, CannotTell, Interval, MeanSquares, agreement, disagreement_flags, icc_1, icc_2, interval_texts,
-    mean_squares, rater_biases, rating_codes, stepped_up,
+    mean_squares, rater_biases, rating_codes, step_up, stepped_up,
 )
 from .simulated import is_simulated
 from .store import aspect_order, mean_ratings
@@ -255,9 +256,10 @@ def _alike(tidy):
         yield (f"{one} and {other} agree at r = {r[i, j]:.2f} and give the same answer in {same:.0%}; what they share "
                f"with the others allows {_allowed(r, i, j):.2f}: ask whether they rated apart")
 
-# %% ../../nbs/ratings/36_raters.ipynb #1753817e
+# %% ../../nbs/ratings/36_raters.ipynb #f61765ca
 LESS_THAN_MOST = .8  # of the raters' median correlation with the others
 STRAIGHT, VARIED = .9, .75  # share of the most frequent answer: of a straight-liner; at most, of the usual rater
+FEWEST_SAID = 3      # ratings of a straight line
 LEFT_EARLY = .5      # of the usual number of ratings
 
 def _odd(found):
@@ -274,7 +276,7 @@ def _straight(tidy):
         share = own.groupby("rater").value.agg(lambda v: v.value_counts(normalize=True).iloc[0])
         counts = own.groupby("rater").size()
         if share.median() > VARIED: continue
-        for rater in share.index[(share >= STRAIGHT) & (counts > 2)]:
+        for rater in share.index[(share >= STRAIGHT) & (counts >= FEWEST_SAID)]:
             answer = own.value[own.rater == rater].mode().iloc[0]
             yield (f"{rater} says {answer:g} to {share[rater]:.0%} of {counts[rater]} images in {aspect}, the usual "
                    f"rater gives their most frequent answer to {share.median():.0%}: nearly a straight line")
@@ -441,6 +443,34 @@ def raters_needed(
     for raters in range(2, most + 1):
         if _half(planned_interval(images, raters, single, bias_share)) <= half_width: return raters
     raise InputError(f"±{half_width:g} needs more images: it is reached with {images} images not with {most} raters")
+
+# %% ../../nbs/ratings/36_raters.ipynb #7fc3d25b
+def effective_size(
+    r: float,        # measured held-out correlation of a head with the mean ratings
+    images: int,     # it learnt from
+    raters: float,   # of each image
+    single: float,   # ICC(2,1)
+) -> float:
+    "How many independent things the head had to learn (Daetwyler et al. 2008, solved for M)."
+    reliability = step_up(single, raters)
+    return max(images * reliability * (reliability / r ** 2 - 1), 0.)
+
+def planned_head(
+    images: int, raters: float, single: float,  # of the study to come, as above
+    size: float,     # of `effective_size`
+) -> float:
+    "The correlation to expect of a head with the mean rating of that many raters."
+    reliability = step_up(single, raters)
+    return float(np.sqrt(reliability * images * reliability / (images * reliability + size)))
+
+def images_needed(
+    goal: float,     # correlation of the head with the mean ratings
+    raters: float, single: float, size: float,  # as above
+) -> float:          # inf where the raters' own disagreement forbids it
+    "How many images for a head of that correlation."
+    reliability = step_up(single, raters)
+    share = goal ** 2 / reliability
+    return math.inf if share >= 1 else size * share / (1 - share) / reliability
 
 # %% ../../nbs/ratings/36_raters.ipynb #3d78d978
 WANTED = .05  # half width of the interval of ICC(2,k)
