@@ -227,6 +227,8 @@ class InferenceSettings(SamplingSettings):
     seed: int = 0                              # of the first image
     count: int = 1                             # images per prompt
     compare: bool = False                      # also the untuned model, side by side
+    # of the adapter: 0.5 half of what tuning changed, 0 nothing of it, 1.5 half as much again
+    strength: float = 1.0
     guide: float = 0.0                         # strength of the heads' gradient while sampling, without any tuning; 12
     # with --guide: aspects that are followed, such as spatial=2,style=1; default: all alike
     weights: str = ""
