@@ -177,8 +177,9 @@ class TrainDSPOSettings(SamplingSettings):
     backbone: str = ""
     # what is optimised, see notebook 50; all but dspo are for comparison and learn from pairs of rated pictures
     objective: Literal["dspo", "dspo-pairs", "dpo", "sft"] = "dspo"
-    # reach: weight on aspects that lag behind what they can reach; equal: the plain sum
-    balance: Literal["reach", "equal"] = "reach"
+    # reach: weight on aspects that lag behind what they can reach; for comparison: equal, the plain sum, and
+    # min-norm, the shortest combination of the heads' gradients
+    balance: Literal["reach", "equal", "min-norm"] = "reach"
     strength: float = 12.0        # how far along the heads' gradient the sampler is moved; as in guided sampling
     rate: float = 1.0             # of the balance: change of a weight for a share that lags by one
     anchor: float = 0.25          # share of a batch that asks with the empty prompt and stays where it was
