@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mhrlhf.core.plots': { 'mhrlhf.core.plots._on_the_scale': ('core/plots.html#_on_the_scale', 'mhrlhf/core/plots.py'),
                                    'mhrlhf.core.plots._show_picture': ('core/plots.html#_show_picture', 'mhrlhf/core/plots.py'),
                                    'mhrlhf.core.plots._write_cells': ('core/plots.html#_write_cells', 'mhrlhf/core/plots.py'),
+                                   'mhrlhf.core.plots.curves_per_aspect': ('core/plots.html#curves_per_aspect', 'mhrlhf/core/plots.py'),
                                    'mhrlhf.core.plots.figure': ('core/plots.html#figure', 'mhrlhf/core/plots.py'),
                                    'mhrlhf.core.plots.heat_maps': ('core/plots.html#heat_maps', 'mhrlhf/core/plots.py'),
                                    'mhrlhf.core.plots.history_curves': ('core/plots.html#history_curves', 'mhrlhf/core/plots.py'),

@@ -22,8 +22,8 @@ import torch
 from ..core.aspects import NAMES
 from ..core.files import InputError, atomic_path, fingerprint, raise_faults, write_json
 from mhrlhf.core.plots import (
-    heat_maps, history_curves, interval_bars, picture_grid, reliability_per_aspect, residuals_per_aspect, save_figure,
-    scatter_per_aspect,
+    curves_per_aspect, heat_maps, history_curves, interval_bars, picture_grid, reliability_per_aspect,
+    residuals_per_aspect, save_figure, scatter_per_aspect,
 )
 from ..core.progress import Progress, plain_faults
 from ..core.settings import TrainRewardSettings
@@ -429,10 +429,10 @@ def teach_noise_heads(
 # %% ../../nbs/reward/47_train.ipynb #5c88aed7
 def _write_noise_report(table, report, folder):
     "r by noise level as a table and a picture; the files."
-    ceiling = report.plcc.to_dict()
-    write_json(folder / "noise_heads.json", dict(r=table.round(4).reset_index().to_dict("list"), heads_on_clip=ceiling))
-    label = "held-out r with the mean rating"
-    figure = history_curves(table.reset_index(), list(table), "timestep", label)
+    levels = report[["ceiling", "plcc", "floor"]].T.rename(dict(plcc="heads on CLIP", floor="linear floor"))
+    told = {name: row.round(4).to_dict() for name, row in levels.iterrows()}
+    write_json(folder / "noise_heads.json", dict(r=table.round(4).reset_index().to_dict("list"), **told))
+    figure = curves_per_aspect(table, levels, "held-out r with the mean rating")
     return [folder / "noise_heads.json", save_figure(figure, folder / "noise_heads.png")]
 
 def _noise_heads(trained, settings):
