@@ -13,10 +13,10 @@ outside of its clock, and goes on with the one after which the judge's composite
 that the run left); ours keeps the profile's strength, and one head the strength that moves the sampler as far as five.
 Methods whose name begins with trl are TRL's own trainers and need trl 0.23 (--trl FOLDER: where it was unpacked, if not
 in this environment); peers.py says what the others are."""
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 import argparse, json, multiprocessing, os, platform, random, subprocess, sys, tempfile, time
 
@@ -102,17 +102,17 @@ def work(o):
 
 @cache
 def drawer(kind):
-    "A pipeline with a fresh adapter, which changes nothing."
+    "A pipeline, with an adapter of that kind if one is named."
     import torch
     from mhrlhf.images.models import load_pipeline
     from mhrlhf.tuning.adapters import add_adapter
     from peers import LAYERS, RANK
     torch.set_num_threads(1)
     pipe = load_pipeline("pocket", "cpu")
-    add_adapter(pipe.unet, kind, RANK, LAYERS)
+    if kind: add_adapter(pipe.unet, kind, RANK, LAYERS)
     return pipe
 
-def judged(kind, path=None, quick=False):
+def judged(kind="", path=None, quick=False):
     "What the judge says of the development prompts, drawn with an adapter that a method left, or without. (n, aspects)"
     import torch
     from safetensors.torch import load_file
@@ -169,15 +169,15 @@ class Trial:
         "Hand new adapters to the judge."
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in self.asked: continue
-            self.asked[path] = pool.submit(judged, METHODS[self.name].kind, path, self.marks == 1)
+            self.asked[path] = pool.apply_async(judged, (METHODS[self.name].kind, path, self.marks == 1))
 
     def hear(self, base):
         "What the judge has said since; True if there is something new."
         from safetensors import safe_open
-        ready = [path for path, said in self.asked.items() if said and said.done()]
+        ready = [path for path, said in self.asked.items() if said and said.ready()]
         for path in ready:
-            with safe_open(path, "pt") as file: about = json.loads(file.metadata()["about"])
-            self.seen.append(about | compared(base, self.asked[path].result()))
+            with safe_open(path, "np") as file: about = json.loads(file.metadata()["about"])
+            self.seen.append(about | compared(base, self.asked[path].get()))
             self.asked[path] = None
             path.write_bytes(b"")
             if self.seen[-1]["there"] and self.marks > 1: (self.folder/"stop").touch()
@@ -203,7 +203,7 @@ def line_of(r):
     if not best: return f"{m.title:<42} nothing judged yet"
     took = f"{r['seconds']:6.0f} s" if r["there"] else f"never in {r['seconds']:.0f} s"
     gains = " ".join(f"{g:+.2f}" for g in best["aspects"])
-    return (f"{m.title:<42} {took:<16} {m.knob} {r['value']:<7g} composite {best['composite']:+.2f} "
+    return (f"{m.title:<42} {took:<18} {m.knob} {r['value']:<7g} composite {best['composite']:+.2f} "
             f"({gains}) at {best['seconds']:.0f} s, update {best['update']}")
 
 def rows_of(results):
@@ -224,36 +224,36 @@ def rows_of(results):
 
 def write(trials, options):
     "The figures so far, so that an end before time loses nothing."
-    import torch
     results = [t.result() for t in trials]
     machine = dict(cpus=os.cpu_count(), machine=platform.machine(), python=platform.python_version(),
-                   torch=torch.__version__, load=os.getloadavg()[0])
-    about = dict(machine=machine, budget=options.budget, rows=rows_of(results), methods=results)
+                   torch=version("torch"), load=os.getloadavg()[0])
+    about = dict(machine=machine, budget=options.budget, rows=rows_of(results), methods=results, sweep=options.swept)
     part = options.json.with_name(options.json.name + ".part")
     part.write_text(json.dumps(about, indent=1) + "\n")
     part.rename(options.json)
 
 def side_by_side(trials, options, pool, ends):
     "Run the trials, so many at once, and let the judge look at what they leave."
-    waiting, base = list(trials), pool.submit(judged, "lora", None, trials[0].marks == 1)
+    waiting, base = list(trials), pool.apply_async(judged, ("", None, trials[0].marks == 1))
     while any(t.running() or t.waits() for t in trials) or waiting:
         if time.time() > ends + options.grace: break
         while waiting and sum(t.running() for t in trials) < options.jobs: waiting.pop(0).begin(options, ends)
         for t in trials: t.ask(pool)
-        heard = [t for t in trials if base.done() and t.hear(base.result())]
+        heard = [t for t in trials if base.ready() and t.hear(base.get())]
         for t in heard: print(f"{time.strftime('%H:%M:%S')} {line_of(t.result())}", flush=True)
         if heard and options.json: write(trials, options)
         time.sleep(.5)
     for t in trials:
         if t.running(): t.process.kill()
 
-def best_values(names, options, pool, folder):
+def best_values(names, options, pool, folder, ends):
     "The value of each method's knob, swept if that is asked for."
     values = {name: METHODS[name].chosen for name in names}
     trials = [Trial(n, v, folder, options.sweep, 1) for n in names for v in METHODS[n].tried] if options.sweep else []
     if not trials: return values
-    side_by_side(trials, options, pool, time.time() + options.within)
-    found = [r for r in (t.result() for t in trials) if r["best"]]
+    side_by_side(trials, options, pool, ends)
+    options.swept = [t.result() for t in trials]
+    found = [r for r in options.swept if r["best"]]
     for r in sorted(found, key=lambda r: r["best"]["composite"]): values[r["method"]] = r["value"]
     return values
 
@@ -263,13 +263,10 @@ def compare_all(options):
     names = options.methods.split(",") if options.methods else list(METHODS)
     if unknown := set(names) - set(METHODS): sys.exit(f"no method {unknown}; there are: {', '.join(METHODS)}")
     judges = options.judges or max(cores - options.jobs, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        pool = ProcessPoolExecutor(judges, multiprocessing.get_context("spawn"))
-        try:
-            values = best_values(names, options, pool, Path(folder))
-            trials = [Trial(name, values[name], Path(folder), options.budget) for name in names]
-            side_by_side(trials, options, pool, ends)
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(judges) as pool:
+        values = best_values(names, options, pool, Path(folder), ends)
+        trials = [Trial(name, values[name], Path(folder), options.budget) for name in names]
+        side_by_side(trials, options, pool, ends)
         if options.json: write(trials, options)
     print(f"\n{options.budget:g} s a method, {options.jobs} side by side, one thread each, {cores} cores; judged on "
           f"{PROMPTS} development prompts: spatial, iconographic, style, fidelity, material in brackets\n")
@@ -298,6 +295,7 @@ def main():
     parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work: return work(options)
+    options.swept = []
     if options.quick: options.budget = 30.
     with suppress(KeyboardInterrupt): compare_all(options)
 
