@@ -187,15 +187,23 @@ def gather(
 
 # %% ../../nbs/core/06_group.ipynb #6e5913cf
 @patch
+def average(
+    self: Team,
+    vector: Tensor,  # of the same length on every process; overwritten
+) -> Tensor:
+    "The mean of all processes' vectors, on every process."
+    if self.world == 1: return vector
+    torch.distributed.all_reduce(vector)
+    return vector.div_(self.world)
+
+@patch
 def average_gradients(
     self: Team,
     parameters: list,  # with gradients, in the same order on every process
 ):
     "Every process gets the mean of all processes' gradients."
     if self.world == 1: return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    torch.distributed.all_reduce(flat)
-    flat /= self.world
+    flat = self.average(torch.cat([p.grad.flatten() for p in parameters]))
     for p, g in zip(parameters, flat.split([p.numel() for p in parameters])): p.grad.copy_(g.view_as(p))
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['figure', 'save_figure', 'picture_grid', 'scatter_per_aspect', 'residuals_per_aspect', 'reliability_per_aspect',
-           'heat_maps', 'interval_bars', 'history_curves']
+           'heat_maps', 'interval_bars', 'history_curves', 'curves_per_aspect']
 
 # %% ../../nbs/core/07_plots.ipynb #ab2b1eb8
 from pathlib import Path
@@ -189,4 +189,23 @@ def history_curves(
     ax.axhline(0, color="0.8", lw=1, zorder=0)
     ax.set(xlabel=x, ylabel=label)
     ax.legend(fontsize=_TINY + 1)
+    return fig
+
+# %% ../../nbs/core/07_plots.ipynb #79d66b12
+_DASHES = "--", ":", "-."
+
+def curves_per_aspect(
+    table,        # DataFrame: index the horizontal axis, a column per aspect
+    levels,       # DataFrame: a row per level with its name, a column per aspect
+    label: str,   # of the vertical axis
+):
+    "A curve per aspect, and beside it levels that do not change."
+    fig, axes = figure(1, table.shape[1], sharex=True, sharey=True)
+    for ax, name in zip(axes, table):
+        ax.plot(table.index, table[name], marker=".")
+        for (text, row), dash in zip(levels.iterrows(), _DASHES): ax.axhline(row[name], ls=dash, color="0.4", label=text)
+        ax.set_title(name, fontsize=_SMALL)
+        ax.set_xlabel(table.index.name, fontsize=_SMALL)
+    axes[0].set_ylabel(label, fontsize=_SMALL)
+    axes[0].legend(fontsize=_TINY)
     return fig

@@ -179,8 +179,9 @@ class TrainDSPOSettings(SamplingSettings):
     backbone: str = ""
     # what is optimised, see notebook 50; all but dspo are for comparison and learn from pairs of rated pictures
     objective: Literal["dspo", "dspo-pairs", "dpo", "sft"] = "dspo"
-    # reach: weight on aspects that lag behind what they can reach; equal: the plain sum
-    balance: Literal["reach", "equal"] = "reach"
+    # reach: weight on aspects that lag behind what they can reach; for comparison: equal, the plain sum, and
+    # min-norm, the shortest combination of the heads' gradients
+    balance: Literal["reach", "equal", "min-norm"] = "reach"
     strength: float = 12.0        # how far along the heads' gradient the sampler is moved; as in guided sampling
     rate: float = 1.0             # of the balance: change of a weight for a share that lags by one
     anchor: float = 0.25          # share of a batch that asks with the empty prompt and stays where it was
@@ -231,6 +232,8 @@ class InferenceSettings(SamplingSettings):
     seed: int = 0                              # of the first image
     count: int = 1                             # images per prompt
     compare: bool = False                      # also the untuned model, side by side
+    # of the adapter: 0.5 half of what tuning changed, 0 nothing of it, 1.5 half as much again
+    strength: float = 1.0
     guide: float = 0.0                         # strength of the heads' gradient while sampling, without any tuning; 12
     # with --guide: aspects that are followed, such as spatial=2,style=1; default: all alike
     weights: str = ""

@@ -23,7 +23,7 @@ from ..images.models import load_pipeline
 from ..images.sampler import sample_images
 from ..reward.noise import load_noise_heads
 from ..reward.weights import weights_by_hand
-from ..tuning.adapters import ADAPTER_FILE
+from ..tuning.adapters import ADAPTER_FILE, merged
 from ..tuning.guide import guided_by
 
 # %% ../../nbs/proof/60_inference.ipynb #8afa5ba9
@@ -72,7 +72,8 @@ def file_name(
 def _save(images, prompts, seeds, settings, kind=""):
     "Write images; `kind` says how they were made: nothing for tuned, untuned, or guided."
     made_by = dict(pipeline=settings.pipeline, model="" if kind else str(settings.model), steps=settings.steps,
-                   guidance=settings.guidance_scale, guide=settings.guide if kind == "guided" else 0.)
+                   guidance=settings.guidance_scale, strength=0. if kind else settings.strength,
+                   guide=settings.guide if kind == "guided" else 0.)
     paths = []
     for image, p, s in zip(images, prompts, seeds):
         paths.append(settings.output/f"{file_name(p, s)}{kind and f'-{kind}'}.png")
@@ -100,6 +101,11 @@ def _guide(pipe, settings):
     weights = n * weights_by_hand(asked, heads.aspects) if asked else [1.] * n
     return guided_by(denoiser, heads, list(weights), settings.guide)
 
+def _in_force(pipe, settings, kind):
+    "A block in which the model is as it was asked for."
+    if kind == "guided": return _guide(pipe, settings)
+    return nullcontext() if kind else merged(pipe.unet, settings.strength)
+
 def _kind(settings):
     "How the images are made: guided, untuned, or by the tuned model (no name)."
     if settings.guide: return "guided"
@@ -117,7 +123,7 @@ def run(
     pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
     if not kind: load_adapter(pipe, settings.model)
     with one_thread(settings.device):
-        with _guide(pipe, settings) if kind == "guided" else nullcontext():
+        with _in_force(pipe, settings, kind):
             images = sample_images(pipe, prompts, noise, settings)
         paths = _save(images, prompts, seeds, settings, kind)
         if settings.compare and kind != "untuned":

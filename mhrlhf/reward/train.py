@@ -7,7 +7,7 @@ __all__ = ['UNKNOWABLE', 'FEWEST', 'SAME', 'NAMED', 'LEAST_SPREAD', 'MATRICES', 
            'rated_images', 'Trained', 'train', 'pictures', 'extreme_pictures', 'write_results', 'changed_images',
            'oldest_counting', 'tracked', 'ceilings_of', 'teach_noise_heads', 'run']
 
-# %% ../../nbs/reward/47_train.ipynb #163a2718
+# %% ../../nbs/reward/47_train.ipynb #d25bb6a1
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,8 +22,8 @@ import torch
 from ..core.aspects import NAMES
 from ..core.files import InputError, atomic_path, fingerprint, raise_faults, write_json
 from mhrlhf.core.plots import (
-    heat_maps, history_curves, interval_bars, picture_grid, reliability_per_aspect, residuals_per_aspect, save_figure,
-    scatter_per_aspect,
+    curves_per_aspect, heat_maps, history_curves, interval_bars, picture_grid, reliability_per_aspect,
+    residuals_per_aspect, save_figure, scatter_per_aspect,
 )
 from ..core.progress import Progress, plain_faults
 from ..core.settings import TrainRewardSettings
@@ -76,7 +76,7 @@ def _why_not(rated, prompts, folds):
                 "rate images of different quality")
     return ""
 
-# %% ../../nbs/reward/47_train.ipynb #e2eb37a7
+# %% ../../nbs/reward/47_train.ipynb #9abeffda
 NAMED = 3  # images that a message names
 
 @dataclass
@@ -105,7 +105,7 @@ def _described(tidy, metadata):
     raise InputError(f"{len(unknown)} rated images are not in the metadata ({some}); "
                      "name the metadata of the images that were rated")
 
-# %% ../../nbs/reward/47_train.ipynb #cf89b151
+# %% ../../nbs/reward/47_train.ipynb #b1b88e76
 def rated_images(
     tidy: pd.DataFrame,      # rater, prompt_id, image_path, aspect, value
     metadata: pd.DataFrame,  # prompt_id, image_path, prompt, optionally genre
@@ -128,7 +128,7 @@ def rated_images(
                  rating_weights(tidy, ratings), overall.reindex(ratings.index), left_out,
                  list(rows.get("pipeline", pd.Series("", rows.index)).fillna("")))
 
-# %% ../../nbs/reward/47_train.ipynb #2b1bf2c1
+# %% ../../nbs/reward/47_train.ipynb #3475083e
 @dataclass
 class Trained:
     "A model and what is known about it."
@@ -187,7 +187,7 @@ def _info(trained_on, backbone, settings, predicted, fit, known, weights, source
 
 def _unwatched(epoch, scores): pass
 
-# %% ../../nbs/reward/47_train.ipynb #61bea6f2
+# %% ../../nbs/reward/47_train.ipynb #ee5fabb2
 def train(
     rated: Rated,
     features: Features,    # of its images
@@ -257,7 +257,7 @@ def extreme_pictures(
     titles = [kind for kind in EXTREMES for _ in range(count)]
     return picture_grid(rows, list(predicted), titles, captions=captions)
 
-# %% ../../nbs/reward/47_train.ipynb #d83342f0
+# %% ../../nbs/reward/47_train.ipynb #a570f342
 def _write_metrics(trained, path, data, extra):
     "All figures of a report as JSON."
     aspects = json.loads(trained.report.to_json(orient="index"))
@@ -397,7 +397,7 @@ def ceilings_of(
     table = agreement(tidy[tidy.aspect != "overall"]).table
     return {a: float(c) for a, c in table.ceiling.items() if pd.notna(c)}
 
-# %% ../../nbs/reward/47_train.ipynb #eb196e1d
+# %% ../../nbs/reward/47_train.ipynb #59186af7
 def _say_ratings(rated, tidy):
     raters = f"{'SIMULATED ' if is_simulated(tidy) else ''}raters"
     print(f"{len(rated)} images of {len(set(rated.prompt_ids))} prompts, "
@@ -438,10 +438,10 @@ def teach_noise_heads(
 # %% ../../nbs/reward/47_train.ipynb #5c88aed7
 def _write_noise_report(table, report, folder):
     "r by noise level as a table and a picture; the files."
-    ceiling = report.plcc.to_dict()
-    write_json(folder / "noise_heads.json", dict(r=table.round(4).reset_index().to_dict("list"), heads_on_clip=ceiling))
-    label = "held-out r with the mean rating"
-    figure = history_curves(table.reset_index(), list(table), "timestep", label)
+    levels = report[["ceiling", "plcc", "floor"]].T.rename(dict(plcc="heads on CLIP", floor="linear floor"))
+    told = {name: row.round(4).to_dict() for name, row in levels.iterrows()}
+    write_json(folder / "noise_heads.json", dict(r=table.round(4).reset_index().to_dict("list"), **told))
+    figure = curves_per_aspect(table, levels, "held-out r with the mean rating")
     return [folder / "noise_heads.json", save_figure(figure, folder / "noise_heads.png")]
 
 def _noise_heads(trained, settings):

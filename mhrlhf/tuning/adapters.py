@@ -51,15 +51,24 @@ def reference_of(unet):
 
 # %% ../../nbs/tuning/52_adapters.ipynb #99168986
 @contextmanager
-def merged(unet):
+def merged(
+    unet,                  # with an adapter
+    strength: float = 1.,  # of it: 0 the model before tuning, 1 the tuned one; between and beyond on the line of both
+):
     "The adapter added into the UNet's weights, inside the block."
     layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
     kept = [m.get_base_layer().weight.detach().clone() for m in layers]
     try:
-        for m in layers: m.merge()
+        for m, weight in zip(layers, kept): _merge(m, weight, strength)
         yield unet
     finally:
         for m, weight in zip(layers, kept): _restore(m, weight)
+
+@torch.no_grad()
+def _merge(layer, weight, strength):
+    layer.merge()
+    changed = layer.get_base_layer().weight
+    if strength != 1.: changed.copy_(weight + strength * (changed - weight))
 
 @torch.no_grad()
 def _restore(layer, weight):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NORMAL_95', 'NORMAL_LOW', 'LEAST_SPREAD', 'LEAST_REACH', 'RATE', 'LOWEST', 'HIGHEST', 'PULL', 'DOUBT', 'Gains',
-           'paired_gains', 'reach', 'shares', 'follow', 'first_weights', 'neglected', 'doubtful', 'worst_share']
+           'paired_gains', 'reach', 'shares', 'follow', 'first_weights', 'cosines', 'min_norm', 'neglected', 'doubtful',
+           'worst_share']
 
 # %% ../../nbs/tuning/51_balance.ipynb #9195d98e
 from dataclasses import dataclass
 
+from scipy.optimize import minimize
 import numpy as np
 
 # %% ../../nbs/tuning/51_balance.ipynb #7c34aebe
@@ -80,6 +82,24 @@ def first_weights(
     respond, equal = responses / reach(responses)[:, None], np.ones(len(responses))
     solved = np.linalg.solve(respond.T @ respond + PULL * np.eye(len(equal)), respond.T @ equal + PULL * equal)
     return follow(solved, np.zeros(len(equal)))
+
+# %% ../../nbs/tuning/51_balance.ipynb #c0a44903
+def cosines(
+    gradients: np.ndarray,  # (aspects, parameters)
+) -> np.ndarray:            # (aspects, aspects)
+    "How far the aspects' gradients point the same way: 1 alike, 0 nothing to do with each other, -1 opposed."
+    unit = gradients / np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), LEAST_SPREAD)
+    return unit @ unit.T
+
+def min_norm(
+    gradients: np.ndarray,  # (aspects, parameters)
+) -> np.ndarray:            # (aspects,), their sum is the number of aspects
+    "Weights of the shortest vector in the convex hull of the gradients at length one (Désidéri 2012, eq. 6)."
+    gram, n = cosines(gradients), len(gradients)
+    whole = dict(type="eq", fun=lambda w: w.sum() - 1)
+    found = minimize(lambda w: w @ gram @ w, np.full(n, 1 / n), jac=lambda w: 2 * gram @ w, bounds=[(0, 1)] * n,
+                     constraints=whole, method="SLSQP")
+    return n * found.x
 
 # %% ../../nbs/tuning/51_balance.ipynb #efa283ea
 def neglected(

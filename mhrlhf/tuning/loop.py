@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LAST_RATE', 'LONGEST', 'Tuning', 'start', 'Batch', 'draw_batch', 'targets', 'dspo_loss', 'rated_pairs', 'pair_loss',
-           'step', 'measure', 'look', 'tune', 'save_checkpoint', 'load_checkpoint']
+           'step', 'pulls', 'measure', 'look', 'tune', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/tuning/55_loop.ipynb #45c08f90
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import json, math
 
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from ..core.group import Team
 from ..images.denoiser import Denoiser, Text, join_texts
 from ..reward.noise import NoiseHeads, RatedLatents
 from .adapters import add_adapter, reference_of
-from .balance import first_weights, follow, paired_gains, reach, shares
+from .balance import first_weights, follow, min_norm, paired_gains, reach, shares
 from .guide import responses
 from .objectives import PAIR_OBJECTIVES, LevelScale, Pair, match, preferred_target
 from .watch import Seen, Watch
@@ -169,6 +169,22 @@ def _diverged(run):
     return (f"the gradient is no number at update {run.update}: the tuning diverged; lower --lr (now {s.lr:g}) "
             f"or --strength ({s.strength:g}), and begin anew with --fresh")
 
+# %% ../../nbs/tuning/55_loop.ipynb #5c4a2500
+def pulls(run: Tuning) -> Tensor:  # (aspects, parameters), the same on every process
+    "Where each head alone would move the adapter, on the next batch: minus the gradients of `dspo_loss`."
+    batch, size, alone = draw_batch(run), min(run.settings.batch, len(run.rated)), np.eye(len(run.heads.aspects))
+    ways = [_way(replace(run, weights=weights), batch) for weights in alone]  # the reference first, then the adapter
+    said = run.denoiser(batch.noisy.detach(), batch.timestep, batch.text)
+    share = run.team.share(size).to(said.device).view(-1, 1, 1, 1)
+    found = [torch.autograd.grad((said * way * share).sum(), run.parameters, retain_graph=True) for way in ways]
+    return run.team.average(torch.stack([torch.cat([g.flatten() for g in row]) for row in found]))
+
+def _way(run, batch):
+    "From the reference to the target, in units of the usual target."
+    reference, target = targets(run, batch)
+    usual = run.scale(batch.timestep).to(target.device).view(-1, 1, 1, 1)
+    return (target - reference).detach() / usual
+
 # %% ../../nbs/tuning/55_loop.ipynb #c6c45464
 def measure(run: Tuning, show=lambda done, total: None):
     "What the base draws, what each aspect can reach, and the weights to begin with. Once, at the start of a run."
@@ -182,12 +198,18 @@ def measure(run: Tuning, show=lambda done, total: None):
         run.responses = responses(run.denoiser, run.heads, look, run.base.ratings, s.strength, show).to_numpy()
     run.weights = first_weights(run.responses)
 
+def _next_weights(run, share):
+    "Of the coming updates."
+    if run.settings.balance == "min-norm": return min_norm(pulls(run).cpu().numpy())
+    follows = run.settings.balance == "reach" and run.update
+    return follow(run.weights, share, run.settings.rate) if follows else run.weights
+
 def look(run: Tuning) -> dict:  # gains (`Gains`), share, weights, uncertainty
     "Sample the watched prompts, compare with the base, and let the weights follow."
     seen = run.base if run.update == 0 else run.watch.look()
     gains = paired_gains(run.base.ratings, seen.ratings)
     share = shares(gains.mean, run.reach)
-    if run.settings.balance == "reach" and run.update: run.weights = follow(run.weights, share, run.settings.rate)
+    run.weights = _next_weights(run, share)
     entry = dict(update=run.update, gains=gains.mean.tolist(), errors=gains.error.tolist(), share=share.tolist(),
                  weights=run.weights.tolist(), uncertainty=np.median(seen.uncertainty, 0).tolist())
     run.history.append(entry)
