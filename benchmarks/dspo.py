@@ -5,14 +5,15 @@ python benchmarks/dspo.py --run outputs/test_pipeline [--budget 600] [--methods 
 
 --run is the folder of a finished test-pipeline: its rated images and the CLIP heads on them, of which every method
 begins. A method's clock is the processor time of its process, which has one thread; libraries and models are loaded
-before it starts, noise-aware heads are trained on it. At marks, each 1.3 times the last, the method leaves its adapter,
-and other processes, outside of every clock, draw 64 development prompts with it and ask the judge: the first mark at
-which the composite's gain is .5 or more and no aspect's gain is below 0 counts, and the first at which no aspect's gain
-is below .1. A method that never gets there counts its whole budget. --sweep SECONDS first gives every peer so much for each of three decades of its learning rate,
-outside of its clock, and goes on with the one after which the judge's composite is best (LPO with noise-aware heads
-that the run left); ours keeps the profile's strength, and one head the strength that moves the sampler as far as five.
-Methods whose name begins with trl are TRL's own trainers and need trl 0.23 (--trl FOLDER: where it was unpacked, if not
-in this environment); peers.py says what the others are."""
+before it starts, noise-aware heads are trained on it. At marks, each 1.3 times the last, the method leaves its
+adapter, and other processes, outside of every clock, draw 64 development prompts with it and ask the judge: the first
+mark at which the composite's gain is .5 or more and no aspect's gain is below 0 counts, and the first at which no
+aspect's gain is below .1. A method that never gets there counts its whole budget. --sweep SECONDS first gives every
+peer so much for each of three decades of its learning rate, outside of its clock, and goes on with the one after
+which the judge's composite is best (LPO with noise-aware heads that the run left); ours keeps the profile's strength,
+and one head the strength that moves the sampler as far as five. Methods whose name begins with trl are TRL's own
+trainers and need trl 0.23 (--trl FOLDER: where it was unpacked, if not in this environment); peers.py says what the
+others are."""
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache

@@ -203,7 +203,8 @@ def curves_per_aspect(
     fig, axes = figure(1, table.shape[1], sharex=True, sharey=True)
     for ax, name in zip(axes, table):
         ax.plot(table.index, table[name], marker=".")
-        for (text, row), dash in zip(levels.iterrows(), _DASHES): ax.axhline(row[name], ls=dash, color="0.4", label=text)
+        for (text, row), dash in zip(levels.iterrows(), _DASHES):
+            ax.axhline(row[name], ls=dash, color="0.4", label=text)
         ax.set_title(name, fontsize=_SMALL)
         ax.set_xlabel(table.index.name, fontsize=_SMALL)
     axes[0].set_ylabel(label, fontsize=_SMALL)

@@ -255,6 +255,7 @@ class TestPipelineSettings(Settings):
     updates: int = 200        # of the tuning
     minutes: float = 10.      # of the tuning, at most
     processes: int = 2        # that generate, tune and evaluate
+    seed: int = 0             # of panel, heads and tuning; the images are the same for all
     fresh: bool = False       # start over instead of continuing
 
 # %% ../../nbs/core/02_settings.ipynb #eac67b71
