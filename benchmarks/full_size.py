@@ -1,0 +1,511 @@
+"""SDXL and ViT-L/14 in their own shapes, with random weights: python benchmarks/full_size.py [--json FILE].
+
+On a GPU, in sections of falling worth, each of which may fail or be left out when the time (--seconds) is over:
+images per minute beside plain diffusers and what each lossless lever buys, features, updates and pairs of the tuning
+in our own loop, the tiny decoder beside the full one, and what fits into 16, 24, 48 and 80 GB. Every figure is printed
+and written as it comes. --rehearse runs the same sections thin and small on a CPU, to see that they run.
+
+With --cpu the workflow's commands, one after the other, in full size or --thin: generate, annotate, train-reward,
+score, train-dspo with each objective and a resumed run, evaluate, inference. 24 GB of memory in full size."""
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import median
+import argparse, gc, json, os, platform, sys, tempfile, time, traceback
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+GB = 2**30
+UNET_TFLOP, VAE_TFLOP = 6.761, 10.47  # of one pass at 1024 x 1024; the decoding of one image
+GUIDANCE = 5.
+PROMPTS = ["an oil painting of a lighthouse in a storm", "a marble bust of an old man", "a woodcut of a heron",
+           "a fresco of a harvest", "an etching of a cathedral", "a watercolour of a harbour", "a mosaic of a peacock",
+           "a charcoal drawing of a dancer"]
+
+# What is found, and the sections that find it ----------------------------------------------------------------
+
+class Report:
+    "Figures, printed and written as they come."
+    def __init__(self, path, seconds, only=""):
+        self.path, self.seconds, self.only, self.rows, self.machine = path, seconds, only, [], {}
+        self.began = time.perf_counter()
+
+    @property
+    def spent(self): return time.perf_counter() - self.began
+
+    def add(self, figure, value, unit="", **more):
+        "One figure; `more` says with what it was measured."
+        value = round(value, 4) if isinstance(value, float) else value
+        self.rows.append(dict(figure=figure, value=value, unit=unit, at=round(self.spent, 1), **more))
+        told = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items())
+        print(f"[{self.spent:5.0f} s] {figure:<52}{value:>10.5g} {unit:<12}{told}" if isinstance(value, (int, float))
+              else f"[{self.spent:5.0f} s] {figure:<52}{value} {unit} {told}", flush=True)
+        self.write()
+
+    def write(self):
+        if not self.path: return
+        part = Path(f"{self.path}.part")
+        part.write_text(json.dumps(dict(machine=self.machine, rows=self.rows), indent=1) + "\n")
+        part.replace(self.path)
+
+    def section(self, name, needs, work):
+        "Run a section that needs about so many seconds, if there is time; a fault is told and the next one goes on."
+        if self.only and self.only not in name: return
+        if self.spent + needs > self.seconds:
+            print(f"[{self.spent:5.0f} s] left out, needs about {needs} s: {name}", flush=True)
+            self.rows.append(dict(figure=f"left out: {name}", value=None))
+            return self.write()
+        start = time.perf_counter()
+        print(f"[{self.spent:5.0f} s] {name}", flush=True)
+        try: work()
+        except Exception as e:  # a measurement must not cost the others
+            print(f"FAILED {name}: {type(e).__name__}: {str(e)[:600]}", flush=True)
+            print("".join(traceback.format_exc().splitlines(True)[-12:]), flush=True)
+            self.rows.append(dict(figure=f"failed: {name}", value=None, error=f"{type(e).__name__}: {str(e)[:300]}"))
+        freed()
+        self.add(f"({name})", time.perf_counter() - start, "s in all")
+
+# The machine -------------------------------------------------------------------------------------------------
+
+def on_gpu(): return torch.cuda.is_available()
+
+def synchronised():
+    if on_gpu(): torch.cuda.synchronize()
+
+def freed():
+    gc.collect()
+    if on_gpu(): torch.cuda.empty_cache()
+
+def peak_gb(): return torch.cuda.max_memory_allocated() / GB if on_gpu() else float("nan")
+
+def fresh_peak():
+    if on_gpu(): torch.cuda.reset_peak_memory_stats()
+
+def seconds_of(work, times=3, warm=1):
+    "Median seconds of a piece of work."
+    for _ in range(warm): work()
+    taken = []
+    for _ in range(times):
+        synchronised()
+        start = time.perf_counter()
+        work()
+        synchronised()
+        taken.append(time.perf_counter() - start)
+    return median(taken)
+
+def describe(report, device):
+    import diffusers, transformers
+    name = torch.cuda.get_device_name() if on_gpu() else platform.processor() or platform.machine()
+    memory = torch.cuda.get_device_properties(0).total_memory / GB if on_gpu() else float("nan")
+    report.machine = dict(device=name, memory_gb=round(memory, 1), cores=os.cpu_count(), torch=torch.__version__,
+                          diffusers=diffusers.__version__, transformers=transformers.__version__,
+                          python=platform.python_version())
+    print("  ".join(f"{k} {v}" for k, v in report.machine.items()), flush=True)
+
+def measure_rates(report, device, small):
+    "What this chip gives: matrix products on random data, and copies."
+    n = 512 if small else 8192
+    dtype = torch.float32 if small else torch.bfloat16
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    rate = 2 * n**3 / seconds_of(lambda: a @ b, 20, 5) / 1e12
+    report.add("matrix products, bfloat16", rate, "TFLOP/s", side=n)
+    source = torch.empty(n * n * 8, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    report.add("copies, bytes read and written", 2 * source.nbytes / seconds_of(lambda: target.copy_(source)) / 1e9, "GB/s")
+    return rate
+
+# Generation --------------------------------------------------------------------------------------------------
+
+class Generation:
+    "One pipeline of SDXL's shape, and the ways to draw with it."
+    def __init__(self, report, device, options):
+        self.report, self.device, self.side, self.steps = report, device, options.side, options.steps
+        self.thin, self.rate = options.thin, 790.
+        self.dtype = torch.float32 if options.rehearse else torch.bfloat16
+        self.compiling = dict(backend="eager") if options.rehearse else {}
+
+    def load(self):
+        from mhrlhf.pocket.full_shape import full_pipeline
+        start = time.perf_counter()
+        self.pipe = full_pipeline(self.device, self.thin, self.dtype)
+        self.pipe.vae.enable_slicing()
+        self.report.add("the pipeline, made of random weights", time.perf_counter() - start, "s")
+
+    def limit(self):
+        "Images per minute at the matrix rate of this chip."
+        return 60 / ((2 * self.steps * UNET_TFLOP + VAE_TFLOP) * (self.side / 1024) ** 2 / self.rate)
+
+    def plain_images(self, batch, steps):
+        texts = (PROMPTS * 2)[:batch]
+        generators = [torch.Generator().manual_seed(i) for i in range(batch)]
+        return self.pipe(texts, num_inference_steps=steps, guidance_scale=GUIDANCE, width=self.side, height=self.side,
+                         generator=generators).images
+
+    def plain(self, batch, times=1):
+        "Plain diffusers: bfloat16, otherwise its defaults."
+        self.pipe.vae.disable_slicing()
+        try:
+            self.plain_images(batch, 2)
+            fresh_peak()
+            seconds = seconds_of(lambda: self.plain_images(batch, self.steps), times, 0)
+        finally: self.pipe.vae.enable_slicing()
+        self.report.add(f"plain diffusers, batch {batch}", 60 * batch / seconds, "images/min", images=batch * times,
+                        peak_gb=peak_gb(), of_the_limit=60 * batch / seconds / self.limit())
+
+    def plain_half(self):
+        "As most scripts do it: float16, whose VAE diffusers takes to float32; one prompt at a time."
+        self.pipe.to(torch.float16)
+        self.pipe.vae.config.force_upcast = True
+        try:
+            self.plain_images(1, 2)
+            fresh_peak()
+            seconds = seconds_of(lambda: self.plain_images(1, self.steps), 2, 0)
+            self.report.add("plain diffusers, float16, batch 1", 60 / seconds, "images/min", images=2, peak_gb=peak_gb())
+        finally: self.pipe.to(self.dtype)
+
+    def sampler(self, batch, steps):
+        from mhrlhf.images.sampler import Sampler, Sampling
+        return Sampler(self.pipe, Sampling(steps, GUIDANCE, batch, self.side, self.side))
+
+    def ours(self, batch, times=2, how=""):
+        "Our sampler, as a worker uses it: texts encoded, images as bytes in the CPU's memory."
+        texts, seeds = (PROMPTS * 2)[:batch], list(range(batch))
+        start = time.perf_counter()
+        self.sampler(batch, 2)(texts, seeds)
+        synchronised()
+        first, sampler = time.perf_counter() - start, self.sampler(batch, self.steps)
+        fresh_peak()
+        seconds = seconds_of(lambda: sampler(texts, seeds), times, 0)
+        self.report.add(f"ours{how}, batch {batch}", 60 * batch / seconds, "images/min", images=batch * times,
+                        peak_gb=peak_gb(), estimated_gb=self.estimated(batch), first_batch_s=first,
+                        of_the_limit=60 * batch / seconds / self.limit())
+
+    def estimated(self, batch):
+        "What `mhrlhf generate` would have printed before."
+        from mhrlhf.images.memory import estimate_memory
+        from mhrlhf.images.sampler import Sampling
+        with configurations(self.thin) as folder:
+            sampling = Sampling(self.steps, GUIDANCE, batch, self.side, self.side)
+            return estimate_memory(sampling, batch, folder, self.device, self.dtype)["total"]
+
+@contextmanager
+def configurations(thin):
+    "A folder with a pipeline's configuration files and no weights."
+    from mhrlhf.pocket.full_shape import read_shape, thinner
+    shape = thinner(read_shape("sdxl")) if thin else read_shape("sdxl")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            (Path(folder) / name).mkdir()
+            (Path(folder) / name / "config.json").write_text(json.dumps(shape[name]))
+        yield folder
+
+# What each lever buys, on one pass of the UNet -----------------------------------------------------------------
+
+def unet_inputs(pipe, latents, side):
+    "Arguments of a pass, for so many latents."
+    width, given = pipe.unet.config.cross_attention_dim, dict(device=pipe.device, dtype=pipe.unet.dtype)
+    def draw(*shape): return torch.randn(shape, **given)
+    conditions = dict(text_embeds=draw(latents, pipe.text_encoder_2.config.projection_dim),
+                      time_ids=torch.tensor([[side, side, 0, 0, side, side]] * latents, **given))
+    return dict(sample=draw(latents, 4, side // 8, side // 8), timestep=torch.tensor(500., device=pipe.device),
+                encoder_hidden_states=draw(latents, 77, width), added_cond_kwargs=conditions, return_dict=False)
+
+def uncompiled(pipe):
+    "As it was before `compile_blocks`, but for the order of values in memory."
+    for network in (pipe.unet, pipe.vae.decoder):
+        for module in network.modules(): module._compiled_call_impl = None
+    torch._dynamo.reset()
+
+@contextmanager
+def channels_last(network):
+    network.to(memory_format=torch.channels_last)
+    try: yield
+    finally: network.to(memory_format=torch.contiguous_format)
+
+@contextmanager
+def convolutions_tried():
+    "cuDNN tries its algorithms at the first pass."
+    torch.backends.cudnn.benchmark = True
+    try: yield
+    finally: torch.backends.cudnn.benchmark = False
+
+def attention_by_cudnn():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+@contextmanager
+def fused_projections(unet):
+    unet.fuse_qkv_projections()
+    try: yield
+    finally: unet.unfuse_qkv_projections()
+
+class Levers:
+    "One pass of the UNet, as it is and with one lever at a time; the same values each time."
+    def __init__(self, generation, batch):
+        g = generation
+        self.g, self.pipe, self.unet, self.batch = g, g.pipe, g.pipe.unet, batch
+        torch.manual_seed(0)
+        self.inputs = unet_inputs(g.pipe, 2 * batch, g.side)
+        self.plain = self.reference = None
+
+    @torch.no_grad()
+    def pass_of(self, name, state=nullcontext(), times=5):
+        with state:
+            start = time.perf_counter()
+            said = self.unet(**self.inputs)[0].float()
+            synchronised()
+            first = time.perf_counter() - start
+            seconds = seconds_of(lambda: self.unet(**self.inputs), times, 1)
+        if self.plain is None: self.plain, self.reference = seconds, said
+        error = ((said - self.reference).norm() / self.reference.norm()).item()
+        rate = 2 * self.batch * UNET_TFLOP * (self.g.side / 1024) ** 2 / seconds
+        self.g.report.add(f"UNet, batch {self.batch}: {name}", 1000 * seconds, "ms a pass", times_as_fast=self.plain / seconds,
+                          tflops=rate, first_s=first, differs=error)
+
+    def eager(self):
+        self.pass_of("as diffusers runs it")
+        self.pass_of("attention by cuDNN", attention_by_cudnn())
+        self.pass_of("q, k, v in one product", fused_projections(self.unet))
+        self.pass_of("channels last", channels_last(self.unet))
+        self.pass_of("convolutions tried out", convolutions_tried())
+
+    def compiled(self):
+        "The transformer blocks alone, as diffusers offers it, and all repeated blocks, as `generate --compile` does."
+        from mhrlhf.images.models import compile_blocks
+        torch._dynamo.config.recompile_limit = 64
+        self.unet.compile_repeated_blocks(fullgraph=True, dynamic=False, **self.g.compiling)
+        self.pass_of("transformer blocks compiled")
+        uncompiled(self.pipe)
+        compile_blocks(self.pipe, **self.g.compiling)
+        self.pass_of("all repeated blocks compiled, channels last")
+        self.pass_of("the same and attention by cuDNN", attention_by_cudnn())
+        self.pass_of("the same and convolutions tried out", convolutions_tried())
+
+# The decoder -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def measure_decoders(g, name):
+    "Seconds and memory to decode one image after the other."
+    latents = torch.randn(4, 4, g.side // 8, g.side // 8, device=g.device, dtype=g.dtype)
+    fresh_peak()
+    seconds = seconds_of(lambda: g.pipe.vae.decode(latents), 2) / len(latents)
+    g.report.add(f"decoder: {name}", 1000 * seconds, "ms an image", peak_gb=peak_gb(),
+                 tflops=VAE_TFLOP * (g.side / 1024) ** 2 / seconds)
+
+@torch.no_grad()
+def measure_tiny(g):
+    from diffusers import AutoencoderTiny
+    tiny = AutoencoderTiny().to(g.device, g.dtype).eval()
+    latents = torch.randn(4, 4, g.side // 8, g.side // 8, device=g.device, dtype=g.dtype)
+    seconds = seconds_of(lambda: [tiny.decode(part) for part in latents.split(1)], 3) / len(latents)
+    g.report.add("decoder: TAESD's shape", 1000 * seconds, "ms an image")
+
+# Features ----------------------------------------------------------------------------------------------------
+
+def features_of(backbone, pixels, text, state):
+    from mhrlhf.reward.features import extract
+    with torch.no_grad(), state: return extract(backbone, pixels, text)
+
+def measure_features(report, device, thin, small):
+    "ViT-L/14's features of tensors, in several precisions, beside single precision."
+    from mhrlhf.pocket.full_shape import full_backbone
+    backbone = full_backbone(device, thin)
+    kind, n = device.type, 8 if small else 256
+    pixels = torch.rand(n, 3, 224, 224, device=device)
+    text = torch.nn.functional.normalize(torch.randn(n, backbone.model.visual.output_dim, device=device), dim=1)
+    def exact(name, state, pixels=pixels, text=text, times=3):
+        seconds = seconds_of(lambda: features_of(backbone, pixels, text, state()), times)
+        seen = features_of(backbone, pixels, text, state())
+        differs = [((a.float() - b).norm() / b.norm()).item() for a, b in zip((seen.image, seen.patches), whole or (seen.image, seen.patches))]
+        report.add(f"features: {name}", len(pixels) / seconds, "images/s", image_differs=differs[0], patches_differ=differs[1])
+        return seen.image, seen.patches
+    whole = None
+    fresh_peak()
+    whole = exact("float32", nullcontext, times=1)
+    report.add("features: peak memory, batch 256", peak_gb(), "GB")
+    exact("float16 products", lambda: torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16))
+    exact("bfloat16 products", lambda: torch.autocast(kind, torch.bfloat16))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    exact("TF32 products", nullcontext)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    large, whole = torch.rand(4 if small else 64, 3, *([64] * 2 if small else [1024] * 2), device=device), None
+    exact("float16 products, of 1024 x 1024", lambda: torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16),
+          large, text[:len(large)])
+
+# Tuning ------------------------------------------------------------------------------------------------------
+
+class Tunings:
+    "Runs of our own loop on rated latents of noise."
+    def __init__(self, generation):
+        from mhrlhf.core.aspects import NAMES
+        from mhrlhf.images.denoiser import Denoiser, encode_texts
+        from mhrlhf.reward.noise import NoiseHeads, RatedLatents
+        g, n = generation, 32
+        self.g, self.denoiser = g, Denoiser(g.pipe, g.side, g.side)
+        torch.manual_seed(0)
+        self.heads = NoiseHeads(self.denoiser.channels(), list(NAMES)).to(g.device).eval().requires_grad_(False)
+        self.rated = RatedLatents(torch.randn(n, 4, g.side // 8, g.side // 8), PROMPTS, encode_texts(g.pipe, PROMPTS),
+                                  torch.arange(n) % len(PROMPTS), torch.randn(n, len(NAMES)), torch.ones(n, len(NAMES)))
+
+    @contextmanager
+    def run(self, batch, checkpointing=True, **knobs):
+        "A run with a fresh adapter, taken off again at the end."
+        from mhrlhf.core.settings import TrainDSPOSettings
+        from mhrlhf.tuning.loop import start
+        settings = TrainDSPOSettings(batch=batch, rank=16, lr=1e-4, guidance_scale=GUIDANCE, width=self.g.side,
+                                     height=self.g.side, **knobs)
+        run = start(self.denoiser, self.heads, self.rated, None, settings)
+        if not checkpointing: run.denoiser.unet.disable_gradient_checkpointing()
+        try: yield run
+        finally:
+            self.denoiser.unet.disable_gradient_checkpointing()
+            self.denoiser.unet.unload_lora()
+            del run
+            freed()
+
+    def updates(self, batch, times=3, checkpointing=True, warm=2, **knobs):
+        "Seconds of an update, and how much memory it took."
+        from mhrlhf.tuning.loop import step
+        fresh_peak()
+        with self.run(batch, checkpointing, **knobs) as run:
+            seconds = seconds_of(lambda: step(run), times, warm)
+            return seconds, peak_gb()
+
+    def report_updates(self, name, batch, **knobs):
+        seconds, peak = self.updates(batch, **knobs)
+        self.g.report.add(f"{name}, batch {batch}", seconds, "s an update", latents_a_second=batch / seconds, peak_gb=peak)
+        return seconds
+
+    def kinds(self, batch):
+        taken = {kind: self.report_updates(f"dspo, {kind}", batch, adapter=kind) for kind in ("lora", "dora")}
+        self.g.report.add(f"DoRA / LoRA, batch {batch}", taken["dora"] / taken["lora"], "times as long")
+
+    def parts(self, batch):
+        "What of an update is the reference's pass with the heads' gradient."
+        from mhrlhf.tuning.loop import draw_batch, targets
+        with self.run(batch, adapter="lora") as run:
+            seconds = seconds_of(lambda: targets(run, draw_batch(run)), 3)
+            self.g.report.add(f"dspo, batch {batch}: reference and heads' gradient", seconds, "s of an update")
+
+    def pairs(self, batch, checkpointing=True):
+        "A pair objective on cached latents; a batch of 2 is a pair."
+        seconds, peak = self.updates(batch, checkpointing=checkpointing, objective="dpo", adapter="lora")
+        how = "" if checkpointing else ", activations kept"
+        self.g.report.add(f"dpo, lora, {batch // 2} pairs an update{how}", batch / 2 / seconds, "pairs/s",
+                          updates_a_second=1 / seconds, peak_gb=peak)
+
+    def flat(self, batch, updates):
+        "Whether memory grows from update to update."
+        from mhrlhf.tuning.loop import step
+        with self.run(batch) as run:
+            held = []
+            for _ in range(updates):
+                step(run)
+                held.append(torch.cuda.memory_allocated() / GB if on_gpu() else 0.)
+            self.g.report.add(f"dspo, batch {batch}: GB held after update 3", held[2], "GB")
+            self.g.report.add(f"dspo, batch {batch}: GB held after update {updates}", held[-1], "GB", most=max(held[2:]))
+
+# What fits ---------------------------------------------------------------------------------------------------
+
+@contextmanager
+def capped(gb):
+    "Inside the block the allocator gives no more."
+    freed()
+    total = torch.cuda.get_device_properties(0).total_memory / GB
+    torch.cuda.set_per_process_memory_fraction(min(gb / total, 1.))
+    try: yield
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
+
+def largest(batches, attempt):
+    "The first batch that fits."
+    for batch in batches:
+        try:
+            attempt(batch)
+            return batch
+        except Exception as e:
+            if "out of memory" not in str(e) and "does not fit" not in str(e): raise
+        freed()
+    return 0
+
+def measure_caps(g, tunings, gb):
+    with capped(gb):
+        texts = PROMPTS * 4
+        fits = largest((32, 16, 8, 4, 2, 1), lambda n: g.sampler(n, 1)(texts[:n], list(range(n))))
+        g.report.add(f"fits into {gb} GB: generate, batch", fits, "images")
+        fits = largest((16, 8, 4, 2, 1), lambda n: tunings.updates(n, 1, warm=0))
+        g.report.add(f"fits into {gb} GB: train-dspo, dora of rank 16, batch", fits, "latents")
+
+# All sections ------------------------------------------------------------------------------------------------
+
+def measure_gpu(report, options):
+    device, small = torch.device("cuda" if on_gpu() else "cpu"), options.rehearse
+    describe(report, device)
+    g = Generation(report, device, options)
+    def rates(): g.rate = measure_rates(report, device, small)
+    report.section("rates of the chip", 10, rates)
+    g.load()
+    b = 1 if small else 8
+    levers = Levers(g, b)
+    report.section("plain diffusers, one prompt at a time", 30, lambda: g.plain(1, 1 if small else 2))
+    report.section(f"plain diffusers, batch {b}", 25, lambda: g.plain(b))
+    report.section("levers without compiling", 30, levers.eager)
+    report.section("the decoder as it is", 5, lambda: measure_decoders(g, "as diffusers runs it"))
+    report.section("levers with compiling", 120, levers.compiled)
+    report.section(f"ours, batch {b}", 40, lambda: g.ours(b))
+    def cudnn():
+        with attention_by_cudnn(): g.ours(b, 1, " with attention by cuDNN")
+    report.section("ours with attention by cuDNN", 20, cudnn)
+    report.section("the compiled decoder", 5, lambda: measure_decoders(g, "compiled, channels last"))
+    uncompiled(g.pipe)
+    for network in (g.pipe.unet, g.pipe.vae): network.to(memory_format=torch.contiguous_format)
+    report.section("features", 25, lambda: measure_features(report, device, options.thin, small))
+    measure_tuning(report, g, small)
+    report.section("the tiny decoder", 5, lambda: measure_tiny(g))
+    for n in (() if small else (4, 16)): report.section(f"plain diffusers, batch {n}", 2 * n, lambda n=n: g.plain(n))
+    report.section("plain diffusers in float16", 20, g.plain_half)
+    def compiled(n):
+        from mhrlhf.images.models import compile_blocks
+        compile_blocks(g.pipe, **g.compiling)
+        try: g.ours(n, 1)
+        finally: uncompiled(g.pipe)
+    for n in (2,) if small else (16, 4, 1):
+        report.section(f"ours, batch {n}, compiled anew", 90, lambda n=n: compiled(n))
+
+def measure_tuning(report, g, small):
+    tunings = Tunings(g)
+    batches = (1, 2) if small else (4, 1, 8)
+    report.section("updates, LoRA and DoRA", 25, lambda: tunings.kinds(batches[0]))
+    report.section("parts of an update", 8, lambda: tunings.parts(batches[0]))
+    report.section("pairs", 15, lambda: [tunings.pairs(2), tunings.pairs(4 if small else 16)])
+    report.section("pairs, activations kept", 12, lambda: [tunings.pairs(2, False), tunings.pairs(4, False)])
+    for n in batches[1:]: report.section(f"updates of batch {n}", 20, lambda n=n: tunings.kinds(n))
+    report.section("memory of 20 updates", 20, lambda: tunings.flat(batches[0], 4 if small else 20))
+    total = torch.cuda.get_device_properties(0).total_memory / GB if on_gpu() else 0
+    for gb in (16, 24, 48, 80):
+        if gb < total: report.section(f"what fits into {gb} GB", 15, lambda gb=gb: measure_caps(g, tunings, gb))
+
+# The command -------------------------------------------------------------------------------------------------
+
+def read_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="also write the figures here, as they come")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no section that would end later")
+    parser.add_argument("--only", default="", help="sections whose names hold this")
+    parser.add_argument("--thin", action="store_true", help="an eighth of the width")
+    parser.add_argument("--rehearse", action="store_true", help="the GPU's sections thin and small, wherever this runs")
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
+    options = parser.parse_args()
+    if options.rehearse: options.thin, options.side, options.steps = True, 64, 3
+    return options
+
+def main():
+    options = read_options()
+    report = Report(options.json, options.seconds, options.only)
+    measure_gpu(report, options)
+    return 0
+
+if __name__ == "__main__": sys.exit(main())
