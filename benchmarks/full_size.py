@@ -7,10 +7,10 @@ and written as it comes. --rehearse runs the same sections thin and small on a C
 
 With --cpu the workflow's commands, one after the other, in full size or --thin: generate, annotate, train-reward,
 score, train-dspo with each objective and a resumed run, evaluate, inference. 24 GB of memory in full size."""
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-import argparse, gc, json, os, platform, sys, tempfile, time, traceback
+import argparse, gc, json, os, platform, sys, time, traceback
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -113,7 +113,8 @@ def measure_rates(report, device, small):
     report.add("matrix products, bfloat16", rate, "TFLOP/s", side=n)
     source = torch.empty(n * n * 8, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    report.add("copies, bytes read and written", 2 * source.nbytes / seconds_of(lambda: target.copy_(source)) / 1e9, "GB/s")
+    moved = 2 * source.nbytes / 1e9
+    report.add("copies, bytes read and written", moved / seconds_of(lambda: target.copy_(source)), "GB/s")
     return rate
 
 # Generation --------------------------------------------------------------------------------------------------
@@ -144,25 +145,26 @@ class Generation:
                          generator=generators).images
 
     def plain(self, batch, times=1):
-        "Plain diffusers: bfloat16, otherwise its defaults."
-        self.pipe.vae.disable_slicing()
+        "Plain diffusers: bfloat16, otherwise its defaults; more than four images are decoded one by one."
+        if batch <= 4: self.pipe.vae.disable_slicing()
         try:
             self.plain_images(batch, 2)
             fresh_peak()
             seconds = seconds_of(lambda: self.plain_images(batch, self.steps), times, 0)
         finally: self.pipe.vae.enable_slicing()
-        self.report.add(f"plain diffusers, batch {batch}", 60 * batch / seconds, "images/min", images=batch * times,
-                        peak_gb=peak_gb(), of_the_limit=60 * batch / seconds / self.limit())
+        rate = 60 * batch / seconds
+        self.report.add(f"plain diffusers, batch {batch}", rate, "images/min", images=batch * times, peak_gb=peak_gb(),
+                        of_the_limit=rate / self.limit())
 
     def plain_half(self):
         "As most scripts do it: float16, whose VAE diffusers takes to float32; one prompt at a time."
         self.pipe.to(torch.float16)
-        self.pipe.vae.config.force_upcast = True
         try:
             self.plain_images(1, 2)
             fresh_peak()
             seconds = seconds_of(lambda: self.plain_images(1, self.steps), 2, 0)
-            self.report.add("plain diffusers, float16, batch 1", 60 / seconds, "images/min", images=2, peak_gb=peak_gb())
+            self.report.add("plain diffusers, float16, batch 1", 60 / seconds, "images/min", images=2,
+                            peak_gb=peak_gb())
         finally: self.pipe.to(self.dtype)
 
     def sampler(self, batch, steps):
@@ -179,27 +181,8 @@ class Generation:
         fresh_peak()
         seconds = seconds_of(lambda: sampler(texts, seeds), times, 0)
         self.report.add(f"ours{how}, batch {batch}", 60 * batch / seconds, "images/min", images=batch * times,
-                        peak_gb=peak_gb(), estimated_gb=self.estimated(batch), first_batch_s=first,
+                        peak_gb=peak_gb(), first_batch_s=first,
                         of_the_limit=60 * batch / seconds / self.limit())
-
-    def estimated(self, batch):
-        "What `mhrlhf generate` would have printed before."
-        from mhrlhf.images.memory import estimate_memory
-        from mhrlhf.images.sampler import Sampling
-        with configurations(self.thin) as folder:
-            sampling = Sampling(self.steps, GUIDANCE, batch, self.side, self.side)
-            return estimate_memory(sampling, batch, folder, self.device, self.dtype)["total"]
-
-@contextmanager
-def configurations(thin):
-    "A folder with a pipeline's configuration files and no weights."
-    from mhrlhf.pocket.full_shape import read_shape, thinner
-    shape = thinner(read_shape("sdxl")) if thin else read_shape("sdxl")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            (Path(folder) / name).mkdir()
-            (Path(folder) / name / "config.json").write_text(json.dumps(shape[name]))
-        yield folder
 
 # What each lever buys, on one pass of the UNet -----------------------------------------------------------------
 
@@ -240,7 +223,11 @@ def attention_by_cudnn():
 def fused_projections(unet):
     unet.fuse_qkv_projections()
     try: yield
-    finally: unet.unfuse_qkv_projections()
+    finally:
+        unet.unfuse_qkv_projections()
+        for module in unet.modules():  # diffusers leaves the joined weights behind
+            for name in ("to_qkv", "to_kv"): module._modules.pop(name, None)
+            if hasattr(module, "fused_projections"): module.fused_projections = False
 
 class Levers:
     "One pass of the UNet, as it is and with one lever at a time; the same values each time."
@@ -250,6 +237,7 @@ class Levers:
         torch.manual_seed(0)
         self.inputs = unet_inputs(g.pipe, 2 * batch, g.side)
         self.plain = self.reference = None
+        self.helping = {}
 
     @torch.no_grad()
     def pass_of(self, name, state=nullcontext(), times=5):
@@ -262,15 +250,30 @@ class Levers:
         if self.plain is None: self.plain, self.reference = seconds, said
         error = ((said - self.reference).norm() / self.reference.norm()).item()
         rate = 2 * self.batch * UNET_TFLOP * (self.g.side / 1024) ** 2 / seconds
-        self.g.report.add(f"UNet, batch {self.batch}: {name}", 1000 * seconds, "ms a pass", times_as_fast=self.plain / seconds,
-                          tflops=rate, first_s=first, differs=error)
+        self.g.report.add(f"UNet, batch {self.batch}: {name}", 1000 * seconds, "ms a pass", tflops=rate,
+                          times_as_fast=self.plain / seconds, first_s=first, differs=error)
+        return self.plain / seconds
 
     def eager(self):
         self.pass_of("as diffusers runs it")
-        self.pass_of("attention by cuDNN", attention_by_cudnn())
+        self.try_out("attention by cuDNN", attention_by_cudnn)
         self.pass_of("q, k, v in one product", fused_projections(self.unet))
         self.pass_of("channels last", channels_last(self.unet))
-        self.pass_of("convolutions tried out", convolutions_tried())
+        self.try_out("convolutions tried out", convolutions_tried)
+
+    def try_out(self, name, lever):
+        "A lever that the compiled runs pull as well, if it helps."
+        if self.pass_of(name, lever()) > 1.01: self.helping[name] = lever
+
+    @contextmanager
+    def pulled(self):
+        "Inside the block, what has helped."
+        with ExitStack() as stack:
+            for lever in self.helping.values(): stack.enter_context(lever())
+            yield
+
+    @property
+    def names(self): return "".join(f", {name}" for name in self.helping)
 
     def compiled(self):
         "The transformer blocks alone, as diffusers offers it, and all repeated blocks, as `generate --compile` does."
@@ -280,9 +283,11 @@ class Levers:
         self.pass_of("transformer blocks compiled")
         uncompiled(self.pipe)
         compile_blocks(self.pipe, **self.g.compiling)
-        self.pass_of("all repeated blocks compiled, channels last")
-        self.pass_of("the same and attention by cuDNN", attention_by_cudnn())
-        self.pass_of("the same and convolutions tried out", convolutions_tried())
+        try: self.pass_of("all repeated blocks compiled, channels last" + self.names, self.pulled())
+        except Exception:  # the images after this are made with what did compile
+            uncompiled(self.pipe)
+            self.unet.compile_repeated_blocks(fullgraph=True, dynamic=False, **self.g.compiling)
+            raise
 
 # The decoder -------------------------------------------------------------------------------------------------
 
@@ -305,35 +310,43 @@ def measure_tiny(g):
 
 # Features ----------------------------------------------------------------------------------------------------
 
-def features_of(backbone, pixels, text, state):
-    from mhrlhf.reward.features import extract
-    with torch.no_grad(), state: return extract(backbone, pixels, text)
+class FeatureRates:
+    "ViT-L/14's features of tensors, in several precisions, beside single precision."
+    def __init__(self, report, device, thin):
+        from mhrlhf.pocket.full_shape import full_backbone
+        self.report, self.device, self.backbone, self.exact = report, device, full_backbone(device, thin), None
+
+    def look(self, pixels, text, state):
+        from mhrlhf.reward.features import extract
+        with torch.no_grad(), state: return extract(self.backbone, pixels, text)
+
+    def rate(self, name, pixels, text, state, times=3):
+        "Images per second, and how far the features are from the first ones."
+        fresh_peak()
+        seconds = seconds_of(lambda: self.look(pixels, text, state()), times)
+        peak, seen = peak_gb(), self.look(pixels, text, state())
+        if self.exact is None: self.exact = seen
+        pairs = (("image", seen.image, self.exact.image), ("patches", seen.patches, self.exact.patches))
+        differs = {f"{k}_differ": ((a.float() - b).norm() / b.norm()).item() for k, a, b in pairs if a.shape == b.shape}
+        self.report.add(f"features: {name}", len(pixels) / seconds, "images/s", peak_gb=peak, **differs)
+
+    def half(self):
+        return torch.autocast(self.device.type, torch.float16 if self.device.type == "cuda" else torch.bfloat16)
+
+    def measure(self, n, large, side):
+        text = torch.nn.functional.normalize(torch.randn(n, self.backbone.model.visual.output_dim, device=self.device))
+        pixels = torch.rand(n, 3, 224, 224, device=self.device)
+        self.rate("float32", pixels, text, nullcontext, 1)
+        self.rate("float16 products", pixels, text, self.half)
+        self.rate("bfloat16 products", pixels, text, lambda: torch.autocast(self.device.type, torch.bfloat16))
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.rate("TF32 products", pixels, text, nullcontext)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        pixels = torch.rand(large, 3, side, side, device=self.device)
+        self.rate(f"float16 products, of {side} x {side}", pixels, text[:large], self.half)
 
 def measure_features(report, device, thin, small):
-    "ViT-L/14's features of tensors, in several precisions, beside single precision."
-    from mhrlhf.pocket.full_shape import full_backbone
-    backbone = full_backbone(device, thin)
-    kind, n = device.type, 8 if small else 256
-    pixels = torch.rand(n, 3, 224, 224, device=device)
-    text = torch.nn.functional.normalize(torch.randn(n, backbone.model.visual.output_dim, device=device), dim=1)
-    def exact(name, state, pixels=pixels, text=text, times=3):
-        seconds = seconds_of(lambda: features_of(backbone, pixels, text, state()), times)
-        seen = features_of(backbone, pixels, text, state())
-        differs = [((a.float() - b).norm() / b.norm()).item() for a, b in zip((seen.image, seen.patches), whole or (seen.image, seen.patches))]
-        report.add(f"features: {name}", len(pixels) / seconds, "images/s", image_differs=differs[0], patches_differ=differs[1])
-        return seen.image, seen.patches
-    whole = None
-    fresh_peak()
-    whole = exact("float32", nullcontext, times=1)
-    report.add("features: peak memory, batch 256", peak_gb(), "GB")
-    exact("float16 products", lambda: torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16))
-    exact("bfloat16 products", lambda: torch.autocast(kind, torch.bfloat16))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    exact("TF32 products", nullcontext)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    large, whole = torch.rand(4 if small else 64, 3, *([64] * 2 if small else [1024] * 2), device=device), None
-    exact("float16 products, of 1024 x 1024", lambda: torch.autocast(kind, torch.float16 if kind == "cuda" else torch.bfloat16),
-          large, text[:len(large)])
+    FeatureRates(report, device, thin).measure(*(1, 1, 64) if small else (256, 64, 1024))
 
 # Tuning ------------------------------------------------------------------------------------------------------
 
@@ -376,7 +389,8 @@ class Tunings:
 
     def report_updates(self, name, batch, **knobs):
         seconds, peak = self.updates(batch, **knobs)
-        self.g.report.add(f"{name}, batch {batch}", seconds, "s an update", latents_a_second=batch / seconds, peak_gb=peak)
+        self.g.report.add(f"{name}, batch {batch}", seconds, "s an update", latents_a_second=batch / seconds,
+                          peak_gb=peak)
         return seconds
 
     def kinds(self, batch):
@@ -406,7 +420,8 @@ class Tunings:
                 step(run)
                 held.append(torch.cuda.memory_allocated() / GB if on_gpu() else 0.)
             self.g.report.add(f"dspo, batch {batch}: GB held after update 3", held[2], "GB")
-            self.g.report.add(f"dspo, batch {batch}: GB held after update {updates}", held[-1], "GB", most=max(held[2:]))
+            self.g.report.add(f"dspo, batch {batch}: GB held after update {updates}", held[-1], "GB",
+                              most=max(held[2:]))
 
 # What fits ---------------------------------------------------------------------------------------------------
 
@@ -420,13 +435,13 @@ def capped(gb):
     finally: torch.cuda.set_per_process_memory_fraction(1.)
 
 def largest(batches, attempt):
-    "The first batch that fits."
+    "The first batch that fits; 0 if none does."
+    from mhrlhf.core.files import InputError
     for batch in batches:
         try:
             attempt(batch)
             return batch
-        except Exception as e:
-            if "out of memory" not in str(e) and "does not fit" not in str(e): raise
+        except (torch.OutOfMemoryError, InputError): pass
         freed()
     return 0
 
@@ -454,35 +469,42 @@ def measure_gpu(report, options):
     report.section("levers without compiling", 30, levers.eager)
     report.section("the decoder as it is", 5, lambda: measure_decoders(g, "as diffusers runs it"))
     report.section("levers with compiling", 120, levers.compiled)
-    report.section(f"ours, batch {b}", 40, lambda: g.ours(b))
-    def cudnn():
-        with attention_by_cudnn(): g.ours(b, 1, " with attention by cuDNN")
-    report.section("ours with attention by cuDNN", 20, cudnn)
+    def ours(n, times):
+        with levers.pulled(): g.ours(n, times, levers.names)
+    report.section(f"ours, batch {b}", 40, lambda: ours(b, 2))
     report.section("the compiled decoder", 5, lambda: measure_decoders(g, "compiled, channels last"))
     uncompiled(g.pipe)
     for network in (g.pipe.unet, g.pipe.vae): network.to(memory_format=torch.contiguous_format)
     report.section("features", 25, lambda: measure_features(report, device, options.thin, small))
-    measure_tuning(report, g, small)
-    report.section("the tiny decoder", 5, lambda: measure_tiny(g))
-    for n in (() if small else (4, 16)): report.section(f"plain diffusers, batch {n}", 2 * n, lambda n=n: g.plain(n))
-    report.section("plain diffusers in float16", 20, g.plain_half)
-    def compiled(n):
-        from mhrlhf.images.models import compile_blocks
-        compile_blocks(g.pipe, **g.compiling)
-        try: g.ours(n, 1)
-        finally: uncompiled(g.pipe)
-    for n in (2,) if small else (16, 4, 1):
-        report.section(f"ours, batch {n}, compiled anew", 90, lambda n=n: compiled(n))
-
-def measure_tuning(report, g, small):
     tunings = Tunings(g)
-    batches = (1, 2) if small else (4, 1, 8)
-    report.section("updates, LoRA and DoRA", 25, lambda: tunings.kinds(batches[0]))
-    report.section("parts of an update", 8, lambda: tunings.parts(batches[0]))
+    measure_tuning(report, tunings, small)
+    report.section("the tiny decoder", 5, lambda: measure_tiny(g))
+    report.section("plain diffusers in float16", 20, g.plain_half)
+    compiled_anew(report, g, ours, 2 if small else 16)
+    measure_more_tuning(report, g, tunings, small)
+    for n in (() if small else (4, 16)): report.section(f"plain diffusers, batch {n}", 2 * n, lambda n=n: g.plain(n))
+    for n in (() if small else (4, 1)): compiled_anew(report, g, ours, n)
+
+def compiled_anew(report, g, ours, batch):
+    from mhrlhf.images.models import compile_blocks
+    def work():
+        compile_blocks(g.pipe, **g.compiling)
+        try: ours(batch, 1)
+        finally:
+            uncompiled(g.pipe)
+            for network in (g.pipe.unet, g.pipe.vae): network.to(memory_format=torch.contiguous_format)
+    report.section(f"ours, batch {batch}, compiled anew", 100, work)
+
+def measure_tuning(report, tunings, small):
+    n = 2 if small else 4
+    report.section("updates, LoRA and DoRA", 25, lambda: tunings.kinds(n))
+    report.section("parts of an update", 8, lambda: tunings.parts(n))
     report.section("pairs", 15, lambda: [tunings.pairs(2), tunings.pairs(4 if small else 16)])
     report.section("pairs, activations kept", 12, lambda: [tunings.pairs(2, False), tunings.pairs(4, False)])
-    for n in batches[1:]: report.section(f"updates of batch {n}", 20, lambda n=n: tunings.kinds(n))
-    report.section("memory of 20 updates", 20, lambda: tunings.flat(batches[0], 4 if small else 20))
+
+def measure_more_tuning(report, g, tunings, small):
+    for n in (1,) if small else (1, 8): report.section(f"updates of batch {n}", 20, lambda n=n: tunings.kinds(n))
+    report.section("memory of 20 updates", 20, lambda: tunings.flat(2 if small else 4, 4 if small else 20))
     total = torch.cuda.get_device_properties(0).total_memory / GB if on_gpu() else 0
     for gb in (16, 24, 48, 80):
         if gb < total: report.section(f"what fits into {gb} GB", 15, lambda gb=gb: measure_caps(g, tunings, gb))
