@@ -3,7 +3,7 @@
 On a GPU, in sections of falling worth, each of which may fail or be left out when the time (--seconds) is over:
 images per minute beside plain diffusers and what each lossless lever buys, features, updates and pairs of the tuning
 in our own loop, the tiny decoder beside the full one, and what fits into 16, 24, 48 and 80 GB. Every figure is printed
-and written as it comes. --rehearse runs the same sections thin and small on a CPU, to see that they run.
+and written as it comes. --rehearse runs the same sections on the pocket and the CPU, to see that they run.
 
 With --cpu the workflow's commands, one after the other, in full size or --thin: generate, annotate, train-reward,
 score, train-dspo with each objective and a resumed run, evaluate, inference. 24 GB of memory in full size."""
@@ -123,14 +123,15 @@ class Generation:
     "One pipeline of SDXL's shape, and the ways to draw with it."
     def __init__(self, report, device, options):
         self.report, self.device, self.side, self.steps = report, device, options.side, options.steps
-        self.thin, self.rate = options.thin, 790.
+        self.thin, self.pocket, self.rate = options.thin, options.rehearse, 790.
         self.dtype = torch.float32 if options.rehearse else torch.bfloat16
         self.compiling = dict(backend="eager") if options.rehearse else {}
 
     def load(self):
         from mhrlhf.pocket.full_shape import full_pipeline
         start = time.perf_counter()
-        self.pipe = full_pipeline(self.device, self.thin, self.dtype)
+        from mhrlhf.images.models import load_pipeline
+        self.pipe = load_pipeline("pocket") if self.pocket else full_pipeline(self.device, self.thin)
         self.pipe.vae.enable_slicing()
         self.report.add("the pipeline, made of random weights", time.perf_counter() - start, "s")
 
@@ -312,9 +313,11 @@ def measure_tiny(g):
 
 class FeatureRates:
     "ViT-L/14's features of tensors, in several precisions, beside single precision."
-    def __init__(self, report, device, thin):
+    def __init__(self, report, device, thin, small):
+        from mhrlhf.images.models import load_backbone
         from mhrlhf.pocket.full_shape import full_backbone
-        self.report, self.device, self.backbone, self.exact = report, device, full_backbone(device, thin), None
+        self.report, self.device, self.exact = report, device, None
+        self.backbone = load_backbone("pocket") if small else full_backbone(device, thin)
 
     def look(self, pixels, text, state):
         from mhrlhf.reward.features import extract
@@ -343,10 +346,11 @@ class FeatureRates:
         self.rate("TF32 products", pixels, text, nullcontext)
         torch.backends.cuda.matmul.allow_tf32 = False
         pixels = torch.rand(large, 3, side, side, device=self.device)
+        self.exact = None
         self.rate(f"float16 products, of {side} x {side}", pixels, text[:large], self.half)
 
 def measure_features(report, device, thin, small):
-    FeatureRates(report, device, thin).measure(*(1, 1, 64) if small else (256, 64, 1024))
+    FeatureRates(report, device, thin, small).measure(*(1, 1, 64) if small else (256, 64, 1024))
 
 # Tuning ------------------------------------------------------------------------------------------------------
 
@@ -396,6 +400,12 @@ class Tunings:
     def kinds(self, batch):
         taken = {kind: self.report_updates(f"dspo, {kind}", batch, adapter=kind) for kind in ("lora", "dora")}
         self.g.report.add(f"DoRA / LoRA, batch {batch}", taken["dora"] / taken["lora"], "times as long")
+
+    def tf32(self, batch):
+        "The adapter is single precision; its products may be TF32's."
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try: self.report_updates("dspo, lora, TF32", batch, adapter="lora")
+        finally: torch.backends.cuda.matmul.allow_tf32 = False
 
     def parts(self, batch):
         "What of an update is the reference's pass with the heads' gradient."
@@ -498,6 +508,7 @@ def compiled_anew(report, g, ours, batch):
 def measure_tuning(report, tunings, small):
     n = 2 if small else 4
     report.section("updates, LoRA and DoRA", 25, lambda: tunings.kinds(n))
+    report.section("updates in TF32", 10, lambda: tunings.tf32(n))
     report.section("parts of an update", 8, lambda: tunings.parts(n))
     report.section("pairs", 15, lambda: [tunings.pairs(2), tunings.pairs(4 if small else 16)])
     report.section("pairs, activations kept", 12, lambda: [tunings.pairs(2, False), tunings.pairs(4, False)])
@@ -507,7 +518,7 @@ def measure_more_tuning(report, g, tunings, small):
     report.section("memory of 20 updates", 20, lambda: tunings.flat(2 if small else 4, 4 if small else 20))
     total = torch.cuda.get_device_properties(0).total_memory / GB if on_gpu() else 0
     for gb in (16, 24, 48, 80):
-        if gb < total: report.section(f"what fits into {gb} GB", 15, lambda gb=gb: measure_caps(g, tunings, gb))
+        if gb < total: report.section(f"what fits into {gb} GB", 25, lambda gb=gb: measure_caps(g, tunings, gb))
 
 # The command -------------------------------------------------------------------------------------------------
 
@@ -517,11 +528,11 @@ def read_options():
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no section that would end later")
     parser.add_argument("--only", default="", help="sections whose names hold this")
     parser.add_argument("--thin", action="store_true", help="an eighth of the width")
-    parser.add_argument("--rehearse", action="store_true", help="the GPU's sections thin and small, wherever this runs")
+    parser.add_argument("--rehearse", action="store_true", help="the GPU's sections on the pocket, wherever this runs")
     parser.add_argument("--side", type=int, default=1024, help="pixels")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     options = parser.parse_args()
-    if options.rehearse: options.thin, options.side, options.steps = True, 64, 3
+    if options.rehearse: options.side, options.steps = 64, 3
     return options
 
 def main():
