@@ -5,16 +5,20 @@ images per minute beside plain diffusers and what each lossless lever buys, feat
 in our own loop, the tiny decoder beside the full one, and what fits into 16, 24, 48 and 80 GB. Every figure is printed
 and written as it comes. --rehearse runs the same sections on the pocket and the CPU, to see that they run.
 
-With --cpu the workflow's commands, one after the other, in full size or --thin: generate, annotate, train-reward,
-score, train-dspo with each objective and a resumed run, evaluate, inference. 24 GB of memory in full size."""
+With --cpu the workflow's commands, one after the other, in full size or --thin, with the seconds and the memory that
+each takes: generate, annotate (the sheet filled with RANDOM ratings), train-reward, score, train-dspo with each
+objective and a resumed run, evaluate by the heads, inference at half the tuning. Weights and results go to --folder;
+in full size 24 GB of memory and 10 GB of disk are needed."""
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-import argparse, gc, json, os, platform, sys, time, traceback
+import argparse, gc, json, os, platform, subprocess, sys, time, traceback
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+import pandas as pd
 import torch
 
 GB = 2**30
@@ -520,7 +524,105 @@ def measure_more_tuning(report, g, tunings, small):
     for gb in (16, 24, 48, 80):
         if gb < total: report.section(f"what fits into {gb} GB", 25, lambda gb=gb: measure_caps(g, tunings, gb))
 
+# The workflow on a CPU ---------------------------------------------------------------------------------------
+
+OBJECTIVES = "dspo", "dspo-pairs", "dpo", "sft"
+SETTINGS = """[shapes]
+pipeline = {pipeline}
+backbone = {backbone}
+device = cpu
+dtype = bfloat16
+steps = 2
+guidance_scale = 5.0
+width = {side}
+height = {side}
+batch = 4
+prompts = prompts.csv
+generate.seeds = {seeds}
+metadata = generated.csv
+images = images
+annotations = sheet.csv
+database = sqlite:///ratings.db
+reward_model = reward
+train-reward.output = reward
+cache = features
+opposites = none
+folds = 2
+epochs = 4
+draws = 8
+members = 1
+noise_epochs = 1
+copies = 0
+updates = 2
+train-dspo.batch = 2
+watched = 2
+watch_every = 2
+watch_steps = 1
+model = dspo
+judged_by = heads
+evaluate.prompts = heldout.csv
+evaluate.output = evaluation
+inference.output = pictures
+"""
+
+def prepare_study(folder, side, thin):
+    "Weights, prompts and settings in a folder."
+    from mhrlhf.pocket.full_shape import full_shape
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline, backbone = full_shape(folder / "weights", thin)
+    for name, prompts in (("prompts", PROMPTS), ("heldout", PROMPTS[:2])):
+        table = pd.DataFrame(dict(prompt_id=[f"{name[0]}{i}" for i in range(len(prompts))], prompt=prompts))
+        table.to_csv(folder / f"{name}.csv", index=False)
+    seeds = -(-40 // len(PROMPTS))  # 40 images are the fewest of which heads are learned
+    settings = SETTINGS.format(pipeline=pipeline.absolute(), backbone=backbone.absolute(), side=side, seeds=seeds)
+    (folder / "settings.ini").write_text(settings)
+
+def rate_at_random(sheet="sheet.csv"):
+    "Fill a sheet with RANDOM ratings: nothing that is learned from them means anything."
+    table, draw = pd.read_csv(sheet), np.random.default_rng(0)
+    for column in [c for c in table.columns if c.endswith("_rating") and c != "overall_rating"]:
+        table[column] = draw.integers(1, 8, len(table))
+    table.assign(rater="RANDOM").to_csv(sheet, index=False)
+
+def workflow_commands():
+    "The user's commands in their order; a function stands for what a person does between them."
+    tune = ["train-dspo", "--output"]
+    others = [[*tune, f"dspo-{name}", "--objective", name] for name in OBJECTIVES[1:]]
+    return [["generate"], ["annotate"], rate_at_random, ["annotate"], ["train-reward"], ["score", "generated.csv"],
+            [*tune, "dspo"], [*tune, "dspo", "--updates", "3"], *others, ["evaluate"],
+            ["inference", "--prompt", PROMPTS[0], "--strength", "0.5"]]
+
+CHOSEN = ["--profile", "shapes", "--settings", "settings.ini"]
+
+def peak_of(command, log):
+    "Run a command; its exit code and the most memory that it held, in GB."
+    process = subprocess.Popen([sys.executable, "-m", "mhrlhf.cli", *command, *CHOSEN], stdout=log, stderr=log)
+    _, status, used = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024 / GB
+
+def measure_cpu(report, options):
+    "The workflow's commands, each in a process of its own."
+    describe(report, torch.device("cpu"))
+    side = options.side if options.side != LARGE else 64 if options.thin else 256
+    prepare_study(options.folder, side, options.thin)
+    os.chdir(options.folder)
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    report.add("weights on the disk", report.spent, "s")
+    with open("log.txt", "w") as log:
+        for command in workflow_commands():
+            if callable(command):
+                command()
+                continue
+            start = time.perf_counter()
+            code, peak = peak_of(command, log)
+            report.add(" ".join(command)[:50], time.perf_counter() - start, "s", peak_gb=peak, code=code)
+            if code: return code
+    return 0
+
 # The command -------------------------------------------------------------------------------------------------
+
+LARGE = 1024  # pixels, SDXL's own size
 
 def read_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -529,7 +631,9 @@ def read_options():
     parser.add_argument("--only", default="", help="sections whose names hold this")
     parser.add_argument("--thin", action="store_true", help="an eighth of the width")
     parser.add_argument("--rehearse", action="store_true", help="the GPU's sections on the pocket, wherever this runs")
-    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--cpu", action="store_true", help="the workflow's commands on the CPU")
+    parser.add_argument("--folder", default="outputs/full_size", help="of --cpu: written")
+    parser.add_argument("--side", type=int, default=LARGE, help="pixels")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     options = parser.parse_args()
     if options.rehearse: options.side, options.steps = 64, 3
@@ -537,7 +641,8 @@ def read_options():
 
 def main():
     options = read_options()
-    report = Report(options.json, options.seconds, options.only)
+    report = Report(options.json and str(Path(options.json).absolute()), options.seconds, options.only)
+    if options.cpu: return measure_cpu(report, options)
     measure_gpu(report, options)
     return 0
 
