@@ -10,7 +10,7 @@ UV_HTTP_TIMEOUT ?= 300
 export UV_HTTP_TIMEOUT
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint test-pipeline generate-images-dual generate-images-single annotate train-reward train-dspo \
-        monitor-training evaluate pocket notebooks readme docs requirements clean
+        monitor-training evaluate report runs pocket notebooks readme docs requirements clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^##-/ { print "\n" substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-24s%s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,12 @@ evaluate: setup ## base and tuned model on held-out prompts, with intervals
 
 monitor-training: setup ## watch a run in TensorBoard
 	$(MHRLHF) monitor $(ARGS)
+
+report: setup ## one HTML file about a run: raters, heads, tuning, evaluation, pictures
+	$(MHRLHF) report $(ARGS)
+
+runs: setup ## what runs there are; ARGS="--differ A B" for what differs between two
+	$(MHRLHF) runs $(ARGS)
 
 pocket: setup ## train the embedded models anew; ARGS="--recipe fast" makes a throw-away pocket in two minutes
 	$(BIN)/python -m mhrlhf.pocket.train $(ARGS)

@@ -21,7 +21,10 @@ DESCRIPTIONS = {
     "train-dspo": "step 5: tune the image model so that all aspects rise together",
     "evaluate": "base and tuned model on held-out prompts, with intervals",
     "inference": "images from a tuned model",
+    "choose": "blind comparison: people choose between two images, sides by lot",
     "monitor": "watch a run in TensorBoard",
+    "runs": "what runs there are, and what differs between two of them",
+    "report": "one HTML file about a run, from the raters to the tuned model",
     "test-pipeline": "the whole method on the embedded pocket, in ten minutes",
 }
 

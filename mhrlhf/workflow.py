@@ -14,11 +14,12 @@ import numpy as np
 
 from .core.aspects import NAMES
 from .core.files import InputError, fingerprint, read_json, write_json
-from .core.settings import MODULES, TestPipelineSettings, load_settings
+from .core.settings import MODULES, ReportSettings, TestPipelineSettings, load_settings
 from .pocket.judge import accuracy, load_judge
 from .pocket.scenes import scene_batch
 from .proof.compare import gain_text, win_text
 from .proof.evaluate import together_line
+from .proof.report import run as write_report
 
 # %% ../nbs/80_workflow.ipynb #911990c9
 def stage_settings(
@@ -38,7 +39,7 @@ def stage_settings(
         "train-dspo": dict(output=root / "dspo_model", updates=s.updates, minutes=s.minutes, processes=s.processes,
                            seed=s.seed, **heads),
         "evaluate": dict(model=root / "dspo_model", cache=root / "features", output=root / "evaluation",
-                         limit=s.heldout, processes=s.processes, **heads),
+                         limit=s.heldout, processes=s.processes, force=True, **heads),
     }
     return {stage: load_settings(stage, "pocket", path, **change) for stage, change in changes.items()}
 
@@ -198,7 +199,7 @@ def clear(
 
 # %% ../nbs/80_workflow.ipynb #4a309109
 _TO_LOOK_AT = (
-    "summary.json", "evaluation/before_after.png", "evaluation/worst.png", "evaluation/gains.png",
+    "report.html", "summary.json", "evaluation/before_after.png", "evaluation/worst.png", "evaluation/gains.png",
     "multihead_reward_model/reward_model.json", "dspo_model/pytorch_lora_weights.safetensors", "dspo_model/gains.png",
     "dspo_model/responses.png", "dspo_model/weights.png", "multihead_reward_model/noise_heads.png",
     "generated.csv", "multihead_ratings.csv", "ratings.db",
@@ -207,6 +208,13 @@ _TO_LOOK_AT = (
 def _outside(folder):
     return InputError(f"output = {folder}: lies outside of the project, "
                       f"whose ratings know images by their paths in it; choose a folder in {Path.cwd()}")
+
+def _report(root):
+    "One page about the run."
+    folders = dict(reward_model=root / "multihead_reward_model", model=root / "dspo_model",
+                   evaluation=root / "evaluation")
+    write_report(ReportSettings(database=f"sqlite:///{root / 'ratings.db'}", metadata=root / "generated.csv",
+                                output=root / "report.html", **folders))
 
 def run(
     settings: TestPipelineSettings,
@@ -219,6 +227,7 @@ def run(
     seconds = run_stages(stage_settings(settings), root)
     summary = summarise(root, seconds)
     write_json(root / "summary.json", summary)
+    _report(root)
     attempts = f" ({', '.join(summary['resumed'])} in several attempts)" if summary["resumed"] else ""
     print(f"\n== the result after {_minutes(sum(seconds.values()))}{attempts}\n")
     print("\n".join(summary_lines(summary)), "\n")

@@ -99,7 +99,7 @@ def test_an_evaluation_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     command = ["evaluate", "--profile", "pocket", *map(str, COMMAND[4:6]),
                "--prompts", str(ROOT/"data/prompts_heldout.csv"), "--output"]
     def full(*a): raise OSError(errno.ENOSPC, "No space left on device", "a.png")
-    for name in ("load_pipeline", "load_adapter"): monkeypatch.setattr(evaluate, name, lambda *a: None)
+    for name in ("load_pipeline", "load_adapter", "base_folder"): monkeypatch.setattr(evaluate, name, lambda *a: None)
     monkeypatch.setattr(evaluate, "evaluate_pipeline", full)
     (tmp_path/"file").write_text("kept")
     assert main([*command, str(tmp_path/"file")]) == 2

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'MODULES', 'Settings', 'PipelineSettings', 'SamplingSettings', 'GenerateSettings', 'AnnotateSettings',
            'TrainRewardSettings', 'ScoreSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings',
-           'MonitorSettings', 'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile',
-           'profile_variant']
+           'MonitorSettings', 'ChooseSettings', 'RunsSettings', 'ReportSettings', 'TestPipelineSettings',
+           'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
 
 # %% ../../nbs/core/02_settings.ipynb #0cb7d443
 from dataclasses import dataclass, fields
@@ -16,12 +16,13 @@ import configparser, difflib, os, subprocess
 
 from .files import InputError, raise_faults
 
-# %% ../../nbs/core/02_settings.ipynb #1e2f79a1
+# %% ../../nbs/core/02_settings.ipynb #3ba7d62a
 _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 0
     "steps": 1, "batch": 1, "cache_every": 1,                # sampling
     "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
     "raters": 1, "per_image": 1, "sitting": 1,               # the panel
     "folds": 2,                                              # one to learn from, one to check
+    "pictures": 1,                                           # of a contact sheet
     "patience": 1, "rank": 1, "updates": 1,                  # training
     "members": 1, "noise_epochs": 1,                         # noise-aware heads
     "watch_every": 1, "watched": 2,                          # two prompts or more have an interval
@@ -92,6 +93,7 @@ class AnnotateSettings(Settings):
     # rating sheet: template out, filled sheet in
     annotations: Path = Path("data/annotations/multihead_ratings.csv")
     database: str = "sqlite:///data/annotations/ratings.db"  # SQLAlchemy URL; PostgreSQL for a team
+    scale: str = "0-10"       # of the project's ratings, such as 1-5; what lies outside is refused
     # people to share the images among, such as ann, or carl:style+material for an expert; writes the assignment
     raters: tuple[str, ...] = ()
     per_image: int = 3        # of these raters for each aspect of each image
@@ -211,13 +213,15 @@ class EvaluateSettings(SamplingSettings):
     reward_model: Path = Path("outputs/multihead_reward_model")  # scores where no judge can see
     # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
     backbone: str = ""
-    cache: Path = Path("outputs/features")                       # features, kept by content
+    # features, kept by content, and the base model's images, kept by what made them
+    cache: Path = Path("outputs/features")
     # auto: the judge for pocket images, else the reward heads
     judged_by: Literal["auto", "judge", "heads"] = "auto"
     output: Path = Path("outputs/evaluation")                    # folder written
     seeds: int = 1                                               # images per prompt
     limit: int = 0                                               # use only the first prompts; 0: all
     processes: int = 1                                           # that share the sampling; one per GPU
+    force: bool = False                                          # write over another evaluation in the same folder
 
 # %% ../../nbs/core/02_settings.ipynb #1904f7f0
 @dataclass(frozen=True)
@@ -244,6 +248,41 @@ class MonitorSettings(Settings):
     port: int = 6006                 # on this machine only
     once: bool = False               # print the latest figures and exit instead
 
+# %% ../../nbs/core/02_settings.ipynb #15a5c407
+@dataclass(frozen=True)
+class ChooseSettings(Settings):
+    "Blind comparison: which of two images is better, sides by lot."
+    # evaluation: base and tuned on held-out prompts; images: the first two of each prompt, to learn the weights from
+    pairs: Literal["evaluation", "images"] = "evaluation"
+    evaluation: Path = Path("outputs/evaluation")            # folder of the evaluation
+    metadata: Path = Path("data/generated.csv")              # the rated images, for pairs of images
+    database: str = "sqlite:///data/annotations/ratings.db"  # the choices are stored with the ratings
+    aspects: tuple[str, ...] = ()  # asked one by one; default: only which is better on the whole
+    checks: int = 4           # attention checks: an image beside noise; 0: none
+    results: bool = False     # print what people chose so far instead of asking
+    csv: str = ""             # CSV to write: winner and loser, for train-reward --choices
+    # address of the served page; 0.0.0.0 for the local network, then with a password in its link
+    host: str = "127.0.0.1"
+    panel_port: int = 8867    # of the served page
+
+@dataclass(frozen=True)
+class RunsSettings(Settings):
+    "What runs there are, and what differs between two of them."
+    folder: Path = Path("outputs")   # whose runs are listed, at any depth
+    differ: tuple[str, ...] = ()     # two folders with runs: their settings and figures that differ
+
+@dataclass(frozen=True)
+class ReportSettings(Settings):
+    "One HTML file about a run, from the raters to the tuned model."
+    database: str = "sqlite:///data/annotations/ratings.db"      # the ratings
+    metadata: Path = Path("data/generated.csv")                  # the rated images
+    reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4
+    model: Path = Path("outputs/dspo_model")                     # folder of step 5
+    evaluation: Path = Path("outputs/evaluation")                # folder of the evaluation
+    output: Path = Path("outputs/report.html")                   # file written
+    pictures: int = 10                                           # pairs on a contact sheet
+    force: bool = False                                          # write over a file that no report wrote
+
 # %% ../../nbs/core/02_settings.ipynb #8a1e2743
 @dataclass(frozen=True)
 class TestPipelineSettings(Settings):
@@ -258,16 +297,20 @@ class TestPipelineSettings(Settings):
     seed: int = 0             # of panel, heads and tuning; the images are the same for all
     fresh: bool = False       # start over instead of continuing
 
-# %% ../../nbs/core/02_settings.ipynb #eac67b71
+# %% ../../nbs/core/02_settings.ipynb #fbe25965
 STAGES = {
     "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
     "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
+    "inference": InferenceSettings, "choose": ChooseSettings, "monitor": MonitorSettings, "runs": RunsSettings,
+    "report": ReportSettings,
+    "test-pipeline": TestPipelineSettings,
 }
 MODULES = {
     "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
     "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "monitor": "proof.monitor", "test-pipeline": "workflow",
+    "inference": "proof.inference", "choose": "proof.blind", "monitor": "proof.monitor", "runs": "proof.runs",
+    "report": "proof.report",
+    "test-pipeline": "workflow",
 }
 
 # %% ../../nbs/core/02_settings.ipynb #9f72a63e

@@ -24,7 +24,7 @@ from .exchange import LOCAL, argilla_id, import_export, read_people, write_argil
 from .raters import panel_report
 from .sheets import import_sheet, write_ratings_csv, write_template
 from .simulated import SIMULATED, simulated_panel, simulated_raters
-from .store import RatingStore, read_assignment, shown_url, write_assignment
+from .store import RatingStore, project_scale, read_assignment, shown_url, write_assignment
 
 # %% ../../nbs/ratings/39_annotate.ipynb #fe39a9b2
 ENOUGH = 500  # rated images per aspect that a reward head wants
@@ -223,7 +223,8 @@ def run(
     if settings.argilla and not settings.address:
         raise InputError("--argilla needs --address: what comes before an image's path so that a browser finds it, "
                          "such as https://server/")
-    images, store = read_metadata(settings.metadata), RatingStore(settings.database)
+    images = read_metadata(settings.metadata)
+    store = RatingStore(settings.database, scale=project_scale(settings.scale))
     known = dict(zip(images.image_path, images.prompt_id))
     faults = _sheet(settings.annotations, images, known, store)
     faults += _read(settings, known, store)
@@ -236,4 +237,4 @@ def run(
     if not settings.serve: return code
     from mhrlhf.ratings.app import serve  # here, because widgets take long to load
     return serve(settings.metadata, settings.database, assignment_path(settings), settings.host, settings.panel_port,
-                 repeats=settings.repeats)
+                 repeats=settings.repeats, scale=settings.scale)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.files import InputError
 from ..images.metadata import read_metadata
 from .panel import PATIENCE, RatingPanel
-from .store import RatingStore, read_assignment, shown_url
+from .store import RatingStore, project_scale, read_assignment, shown_url
 
 # %% ../../nbs/ratings/34_app.ipynb #96a8dc92
 def visitor_name(
@@ -48,10 +48,12 @@ class PanelApp(ipywidgets.VBox):
         database="sqlite:///data/annotations/ratings.db",  # SQLAlchemy URL, or a `RatingStore`
         assignment=None,    # CSV or DataFrame of notebook 37
         rater: str = None,  # default: from the page's address, else asked for
+        scale: str = "0-10",  # of the project, where `database` is a URL
         **options,          # of `RatingPanel`: aspects, block, repeats, calibration, root, …
     ):
         self.images = read_metadata(images) if isinstance(images, (str, Path)) else images
-        self.store = database if isinstance(database, RatingStore) else RatingStore(database, patience=PATIENCE)
+        self.store = database
+        if not isinstance(database, RatingStore): self.store = RatingStore(database, PATIENCE, project_scale(scale))
         self.table = read_assignment(assignment) if isinstance(assignment, (str, Path)) else assignment
         self.options, self.asked = options, ""
         name = visitor_name(os.environ.get("QUERY_STRING", "")) if rater is None else rater

@@ -12,11 +12,11 @@ import anywidget, ipywidgets, traitlets
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.aspects import HIGHEST, LOWEST
+from ..core.aspects import SCALE
 from ..core.files import InputError, inside
 from ..images.metadata import read_metadata
-from .session import ACTIONS, ANSWERS, MOVES, STEPS, RatingSession
-from .store import RatingStore
+from .session import ACTIONS, MOVES, STEPS, RatingSession
+from .store import RatingStore, project_scale
 
 # %% ../../nbs/ratings/33_panel.ipynb #34c7bbb2
 _CONNECT_JS = """
@@ -197,17 +197,20 @@ def _with_class(widget, name):
     return widget
 
 # %% ../../nbs/ratings/33_panel.ipynb #6456e83f
-def _rubric(aspect):
-    best_first = sorted(aspect.rubric.items(), reverse=True)
-    levels = "".join(f"<div><b>{level}</b> {escape(text)}</div>" for level, text in best_first)
-    return f"<div style='line-height:1.35;margin-top:4px'><b>{escape(aspect.question)}</b>{levels}</div>"
+def _rubric(aspect, scale):
+    "The levels' texts; the rubric is written for 0 to 10 and moved to the project's scale."
+    share = (scale.high - scale.low) / (SCALE.high - SCALE.low)
+    levels = sorted(aspect.rubric.items(), reverse=True)
+    best_first = [(f"{scale.low + level * share:.2g}", text) for level, text in levels]
+    lines = "".join(f"<div><b>{level}</b> {escape(text)}</div>" for level, text in best_first)
+    return f"<div style='line-height:1.35;margin-top:4px'><b>{escape(aspect.question)}</b>{lines}</div>"
 
 # %% ../../nbs/ratings/33_panel.ipynb #10b4355a
 class _AspectRow(ipywidgets.VBox):
     "Name, key and buttons of one aspect; `on_answer` gets name and rating."
-    def __init__(self, aspect, key, on_answer):
+    def __init__(self, aspect, key, on_answer, scale):
         self.name, self.on_answer, self.quiet = aspect.name, on_answer, False
-        ratings = range(LOWEST, HIGHEST + 1)
+        ratings = scale.steps
         self.buttons = ipywidgets.ToggleButtons(
             options=[(f"{v}", float(v)) for v in ratings], value=None, style=dict(button_width="32px"),
             tooltips=[f"{aspect.name} {v}" for v in ratings])
@@ -252,12 +255,14 @@ class RatingPanel(ipywidgets.VBox):
         assignment=None,      # CSV or DataFrame of notebook 37: only what this rater is asked for
         repeats: float = 0.,  # share of the images that come a second time
         calibration=None,     # DataFrame of images with known answers, shown first; see `calibration_items`
+        scale: str = "0-10",  # of the project, where `database` is a URL
     ):
         images = images if isinstance(images, pd.DataFrame) else read_metadata(images)
-        store = database if isinstance(database, RatingStore) else RatingStore(database, patience=PATIENCE)
+        store = database
+        if not isinstance(database, RatingStore): store = RatingStore(database, PATIENCE, project_scale(scale))
         self.session = RatingSession(images, store, rater, aspects, seed, block, assignment, repeats, calibration)
         self.root = root
-        self.listener = KeyListener(accepted=[*self.session.keys, *ANSWERS, *MOVES, *STEPS, *ACTIONS])
+        self.listener = KeyListener(accepted=[*self.session.keys, *self.session.marks, *MOVES, *STEPS, *ACTIONS])
         self.listener.on_msg(self._heard)
         super().__init__(self._parts())
         self.add_class("mhrlhf-panel")
@@ -272,7 +277,8 @@ def _parts(self: RatingPanel):
     self.pictures = [ipywidgets.Image() for _ in range(2)]
     self.held, self.front = ["", ""], 0  # the images in the two pictures, and which one is seen
     letters = {name: key for key, name in self.session.keys.items()}
-    self.rows = {a.name: _AspectRow(a, letters[a.name], self._clicked) for a in self.session.aspects}
+    self.rows = {a.name: _AspectRow(a, letters[a.name], self._clicked, self.session.store.scale)
+                 for a in self.session.aspects}
     self.left = _with_class(ipywidgets.VBox([*self.pictures, self.problem, self.prompt]), "mhrlhf-picture")
     self.questions = _with_class(ipywidgets.VBox(), "mhrlhf-questions")
     main = _with_class(ipywidgets.Box([self.left, self.questions]), "mhrlhf-main")
@@ -374,7 +380,7 @@ def refresh(self: RatingPanel):
     s, before = self.session, self.shown
     self._show_item()
     for a in s.item.aspects: self.rows[a].show(s.value(a), a == s.chosen, s.feedback(a))
-    self.rubric.value = _rubric(next(a for a in s.aspects if a.name == s.chosen))
+    self.rubric.value = _rubric(next(a for a in s.aspects if a.name == s.chosen), s.store.scale)
     self.status.value = self._status()
     self.actions["flag"].button_style = "warning" if s.remarked("flag") else ""
     self.actions["skip"].button_style = "info" if s.remarked("skip") else ""

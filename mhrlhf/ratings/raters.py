@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEAST_VARIANCE', 'LEAST_BIAS', 'FEWEST_VOTES', 'MOST_VOTES', 'LEAST_SHARE', 'FEWEST_PER_IMAGE', 'ROUNDS', 'METHODS',
-           'LEAST_ERROR', 'FEWEST_PAIRS', 'PROFILE', 'LIMIT', 'FEW_REPEATS', 'SINGLE', 'BIAS_SHARE', 'MOST_RATERS',
-           'WANTED', 'TrueScores', 'variance_components', 'true_scores', 'correlation_interval', 'rater_profiles',
-           'suspect_raters', 'plot_raters', 'rater_consistency', 'plot_disputed', 'aspect_correlations',
-           'planned_interval', 'raters_needed', 'plot_plan', 'PanelReport', 'panel_report']
+           'LEAST_ERROR', 'FEWEST_PAIRS', 'PROFILE', 'LIMIT', 'FEWEST_SHARED', 'MOST_COMPARED', 'ALIKE_FROM',
+           'TOO_ALIKE', 'LESS_THAN_MOST', 'STRAIGHT', 'VARIED', 'FEWEST_SAID', 'LEFT_EARLY', 'FEW_REPEATS', 'SINGLE',
+           'BIAS_SHARE', 'MOST_RATERS', 'WANTED', 'TrueScores', 'variance_components', 'true_scores',
+           'correlation_interval', 'rater_profiles', 'suspect_raters', 'rater_findings', 'plot_raters',
+           'rater_consistency', 'plot_disputed', 'aspect_correlations', 'planned_interval', 'raters_needed',
+           'effective_size', 'planned_head', 'images_needed', 'plot_plan', 'PanelReport', 'panel_report']
 
-# %% ../../nbs/ratings/36_raters.ipynb #bc47ddbe
+# %% ../../nbs/ratings/36_raters.ipynb #3441ff1f
 from dataclasses import dataclass
 from html import escape
 import base64, io, math, textwrap
@@ -22,7 +24,7 @@ from ..core.files import InputError, atomic_path, inside
 from ..core.plots import figure
 from mhrlhf.ratings.agreement import (
     Agreement, CannotTell, Interval, MeanSquares, agreement, disagreement_flags, icc_1, icc_2, interval_texts,
-    mean_squares, rater_biases, rating_codes, stepped_up,
+    mean_squares, rater_biases, rating_codes, step_up, stepped_up,
 )
 from .simulated import is_simulated
 from .store import aspect_order, mean_ratings
@@ -220,6 +222,75 @@ def suspect_raters(
     found = pd.DataFrame(rows, columns=columns).set_index("rater")
     return found.assign(suspect=found.with_others_high < limit).sort_values("with_others")
 
+# %% ../../nbs/ratings/36_raters.ipynb #7cb97081
+FEWEST_SHARED = 20  # images, below which two raters are not compared
+MOST_COMPARED = 12  # raters with whom a pair is compared
+ALIKE_FROM = .5     # a correlation, below which nobody copies
+TOO_ALIKE = .1      # beyond what the others allow, a correlation
+
+def _cells(tidy):
+    "Ratings less their aspect's mean, a row per image and aspect, a column per rater."
+    middle = tidy.groupby("aspect").value.transform("mean")
+    cell = tidy.image_path + " " + tidy.aspect
+    return tidy.assign(value=tidy.value - middle, cell=cell).pivot_table(index="cell", columns="rater", values="value")
+
+def _allowed(r, i, j):
+    "What the other raters' correlations allow raters i and j; NaN with fewer than two others."
+    others = [k for k in range(len(r)) if k not in (i, j)]
+    others = sorted(others, key=lambda k: -abs(r[i, k]) - abs(r[j, k]) if np.isfinite(r[i, k] + r[j, k]) else 0)
+    found = [r[i, k] * r[j, m] / r[k, m] for k in others[:MOST_COMPARED] for m in others[:MOST_COMPARED]
+             if k != m and r[k, m] > TOO_ALIKE]
+    return float(np.nanmedian(found)) if np.isfinite(found).any() else math.nan
+
+def _alike(tidy):
+    "Pairs of raters that are more alike than the others allow, as sentences."
+    table = _cells(tidy)
+    known = table.notna().to_numpy(float)
+    counts, r = known.T @ known, table.corr(min_periods=FEWEST_SHARED).to_numpy()
+    for i, j in zip(*np.triu_indices(len(r), 1)):
+        if not np.isfinite(r[i, j]): continue
+        low, _ = correlation_interval(r[i, j], counts[i, j])
+        if r[i, j] < ALIKE_FROM or not low > _allowed(r, i, j) + TOO_ALIKE: continue
+        one, other = table.columns[[i, j]]
+        same = (table[one] == table[other])[known[:, [i, j]].all(1)].mean()
+        yield (f"{one} and {other} agree at r = {r[i, j]:.2f} and give the same answer in {same:.0%}; what they share "
+               f"with the others allows {_allowed(r, i, j):.2f}: ask whether they rated apart")
+
+# %% ../../nbs/ratings/36_raters.ipynb #f61765ca
+LESS_THAN_MOST = .8  # of the raters' median correlation with the others
+STRAIGHT, VARIED = .9, .75  # share of the most frequent answer: of a straight-liner; at most, of the usual rater
+FEWEST_SAID = 3      # ratings of a straight line
+LEFT_EARLY = .5      # of the usual number of ratings
+
+def _odd(found):
+    "Raters who see something else than most, as sentences."
+    usual = found.with_others.median()
+    for rater, row in found.iterrows():
+        if row.with_others_high < LESS_THAN_MOST * usual:
+            yield (f"{rater} agrees with the others at r = {row.with_others:.2f}, most raters at {usual:.2f}: "
+                   "ask what they look at")
+
+def _straight(tidy):
+    "Raters who nearly always say the same, as sentences."
+    for aspect, own in tidy.groupby("aspect"):
+        share = own.groupby("rater").value.agg(lambda v: v.value_counts(normalize=True).iloc[0])
+        counts = own.groupby("rater").size()
+        if share.median() > VARIED: continue
+        for rater in share.index[(share >= STRAIGHT) & (counts >= FEWEST_SAID)]:
+            answer = own.value[own.rater == rater].mode().iloc[0]
+            yield (f"{rater} says {answer:g} to {share[rater]:.0%} of {counts[rater]} images in {aspect}, the usual "
+                   f"rater gives their most frequent answer to {share.median():.0%}: nearly a straight line")
+
+def rater_findings(
+    tidy: pd.DataFrame,  # ratings
+) -> list:               # of sentences
+    "Raters to talk to, and why; never a reason to drop them unseen."
+    counts, usual = tidy.groupby("rater").size(), tidy.groupby("rater").size().median()
+    left = [f"{rater} gave {n} ratings, the usual rater {usual:.0f}: stopped early"
+            for rater, n in counts.items() if n < LEFT_EARLY * usual]
+    if tidy.rater.nunique() == 1: return left
+    return [*_odd(suspect_raters(tidy)), *_alike(tidy), *_straight(tidy), *left]
+
 # %% ../../nbs/ratings/36_raters.ipynb #caaea1c4
 _DARK = .6  # of the largest bias: beyond it the cell is dark and its number white
 
@@ -373,6 +444,34 @@ def raters_needed(
         if _half(planned_interval(images, raters, single, bias_share)) <= half_width: return raters
     raise InputError(f"±{half_width:g} needs more images: it is reached with {images} images not with {most} raters")
 
+# %% ../../nbs/ratings/36_raters.ipynb #7fc3d25b
+def effective_size(
+    r: float,        # measured held-out correlation of a head with the mean ratings
+    images: int,     # it learnt from
+    raters: float,   # of each image
+    single: float,   # ICC(2,1)
+) -> float:
+    "How many independent things the head had to learn (Daetwyler et al. 2008, solved for M)."
+    reliability = step_up(single, raters)
+    return max(images * reliability * (reliability / r ** 2 - 1), 0.)
+
+def planned_head(
+    images: int, raters: float, single: float,  # of the study to come, as above
+    size: float,     # of `effective_size`
+) -> float:
+    "The correlation to expect of a head with the mean rating of that many raters."
+    reliability = step_up(single, raters)
+    return float(np.sqrt(reliability * images * reliability / (images * reliability + size)))
+
+def images_needed(
+    goal: float,     # correlation of the head with the mean ratings
+    raters: float, single: float, size: float,  # as above
+) -> float:          # inf where the raters' own disagreement forbids it
+    "How many images for a head of that correlation."
+    reliability = step_up(single, raters)
+    share = goal ** 2 / reliability
+    return math.inf if share >= 1 else size * share / (1 - share) / reliability
+
 # %% ../../nbs/ratings/36_raters.ipynb #3d78d978
 WANTED = .05  # half width of the interval of ICC(2,k)
 
@@ -465,18 +564,27 @@ def _gallery(self: PanelReport):
     text = "<p>The most disputed ones; one image in twenty is flagged by chance.</p>"
     return f"<h3>Disputed images</h3>{text}\n{gallery}" if gallery else ""
 
-# %% ../../nbs/ratings/36_raters.ipynb #99e65c26
+# %% ../../nbs/ratings/36_raters.ipynb #05b6d678
 @patch
 def __repr__(self: PanelReport):
-    return repr(self.agreement) + (f"\n\n{self._rater_table().to_string()}" if len(self.tidy) else "")
+    if not len(self.tidy): return repr(self.agreement)
+    return "\n".join([repr(self.agreement), "", self._rater_table().to_string(), *rater_findings(self.tidy)])
 
 @patch
 def _repr_html_(self: PanelReport):
     parts = ["<h2>The panel</h2>", self.agreement._repr_html_()]
-    if len(self.tidy): parts += ["<h3>The raters</h3>", self._rater_table().rename_axis(None).to_html(border=0)]
+    if len(self.tidy): parts.append(self.rater_html())
     if len(self.agreement.table): parts += [_picture(plot_raters(self.tidy)), self._halo()]
     if len(self.tidy): parts.append(self._gallery())
     return "\n".join(filter(None, parts))
+
+# %% ../../nbs/ratings/36_raters.ipynb #f7552cfe
+@patch
+def rater_html(self: PanelReport) -> str:
+    "The raters' part of the page."
+    said = "".join(f"<li>{escape(line)}</li>" for line in rater_findings(self.tidy))
+    table = self._rater_table().rename_axis(None).to_html(border=0)
+    return f"<h3>The raters</h3>{table}" + (f"<ul>{said}</ul>" if said else "")
 
 # %% ../../nbs/ratings/36_raters.ipynb #f8585326
 @patch

@@ -14,7 +14,7 @@ import csv, re
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.aspects import ASPECTS, COLUMNS, NAMES
+from ..core.aspects import ASPECTS, COLUMNS, NAMES, SCALE, Scale
 from ..core.files import InputError, atomic_path, delimiter_of, inside, read_table
 from .store import OVERALL, REMARK_KINDS, RatingStore, TIDY, parse_rating
 
@@ -57,17 +57,18 @@ def write_template(
     return len(new)
 
 # %% ../../nbs/ratings/31_sheets.ipynb #bcf68aa5
-def _rating_columns(path, header, faults):
+def _rating_columns(path, header, faults, aspects=ASPECTS):
     "Column -> aspect for the columns that hold ratings."
-    known = {n: a.name for a in ASPECTS for n in (a.column, a.name, f"{a.name}_rating")}
+    known = {n: a.name for a in aspects for n in (a.column, a.name, f"{a.name}_rating")}
+    columns = ", ".join(a.column for a in aspects)
     known["overall_rating"] = OVERALL
     for c in header:
         if c.endswith("_rating") and c not in known:
             faults.append(f"{path}:1: column {c}: no such aspect; "
-                          f"rename it to one of {', '.join(COLUMNS)}, or remove it")
+                          f"rename it to one of {columns}, or remove it")
     found = {c: known[c] for c in header if c in known}
     if not set(found.values()) - {OVERALL}:
-        raise InputError(f"{path}:1: no column with ratings; the sheet needs at least one of {', '.join(COLUMNS)}")
+        raise InputError(f"{path}:1: no column with ratings; the sheet needs at least one of {columns}")
     return found
 
 # %% ../../nbs/ratings/31_sheets.ipynb #f043299f
@@ -117,13 +118,13 @@ def _whose(row, images, rater):
     if not who: raise ValueError("rater", "", "write who rated")
     return dict(rater=who, prompt_id=prompt_id, image_path=path)
 
-def _cell_rating(row, column, faults):
+def _cell_rating(row, column, faults, scale):
     "The rating in a cell; None if there is none, or a faulty one."
-    try: return parse_rating(row[column])
+    try: return parse_rating(row[column], scale)
     except ValueError as e: faults.append(row.fault(column, e))
 
 # %% ../../nbs/ratings/31_sheets.ipynb #806c5021
-def _row_ratings(row, columns, images, rater, faults):
+def _row_ratings(row, columns, images, rater, faults, scale):
     "The ratings of one row as dicts with their place."
     row = replace(row, values=_without_comment(row.values, columns))
     if not any(row[c] for c in columns): return []
@@ -132,7 +133,7 @@ def _row_ratings(row, columns, images, rater, faults):
         column, _, why = e.args
         faults.append(row.fault(column, why))
         return []
-    values = {c: _cell_rating(row, c, faults) for c in columns}
+    values = {c: _cell_rating(row, c, faults, scale) for c in columns}
     line = f"{row.path}:{row.line}"
     return [whose | dict(aspect=columns[c], value=value, where=f"line {row.line}", place=f"{line}: column {c}")
             for c, value in values.items() if value is not None]
@@ -146,12 +147,15 @@ def _contradiction(answer, other):
 def without_contradictions(
     found: list,    # of dicts with the `TIDY` columns, `place` (in words) and `where` (short)
     faults: list,   # gets the contradictions
+    notes: list = None,  # gets the answers that stand there twice and are the same
 ) -> pd.DataFrame:  # tidy, with what else the dicts have
     "Answers of the same rater about the same thing count once, and not at all if they differ."
     first, bad = {}, set()
     for answer in found:
         key = answer["rater"], answer["image_path"], answer["aspect"]
         other = first.setdefault(key, answer)
+        if other is not answer and notes is not None and other["value"] == answer["value"]:
+            notes.append(f"{answer['place']}: stands in {other['where']} already, with the same value; counted once")
         if other["value"] == answer["value"]: continue
         bad.add(key)
         faults.append(_contradiction(answer, other))
@@ -163,14 +167,17 @@ def read_ratings_csv(
     path,                  # the filled sheet
     images: dict = None,   # image_path -> prompt_id of the images to be rated; default: not checked
     rater: str = "sheet",  # the rater's name if the sheet has no column for it
+    scale: Scale = SCALE,  # of the project
+    aspects=ASPECTS,       # that have a column
+    notes: list = None,    # gets what stands there twice, see `without_contradictions`
 ) -> tuple:                # tidy DataFrame, list of faults
     "The ratings of a sheet, and what is wrong in it. Raises `InputError` if it is no rating sheet at all."
     faults = []
     rows = read_table(path, ("prompt_id", "image_path"), faults=faults)
     header = list(rows[0].values) if rows else list(SHEET_COLUMNS)
-    columns = _rating_columns(path, header, faults)
-    found = [r for row in rows for r in _row_ratings(row, columns, images, rater, faults)]
-    return without_contradictions(found, faults), faults
+    columns = _rating_columns(path, header, faults, aspects)
+    found = [r for row in rows for r in _row_ratings(row, columns, images, rater, faults, scale)]
+    return without_contradictions(found, faults, notes), faults
 
 # %% ../../nbs/ratings/31_sheets.ipynb #6c157908
 def read_remarks_csv(
@@ -212,7 +219,7 @@ def import_sheet(
     rater: str = "sheet",  # the rater's name if the sheet has no column for it
 ) -> tuple:                # how many ratings were new or changed, list of faults
     "Store what is new in a sheet: its good rows. Raises `InputError` as `read_ratings_csv` does."
-    tidy, faults = read_ratings_csv(path, images, rater)
+    tidy, faults = read_ratings_csv(path, images, rater, store.scale)
     return store.add_new(tidy, read_remarks_csv(path, images, rater), "csv"), faults
 
 # %% ../../nbs/ratings/31_sheets.ipynb #ad47f8e1

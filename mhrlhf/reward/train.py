@@ -41,7 +41,9 @@ from mhrlhf.reward.noise import (
     save_rated, unet_identity,
 )
 from .readings import fit_projection, opposite_axes, opposite_pairs, summary
-from .trust import EXTREMES, Trust, extremes, heldout_report, show_report, trust
+from mhrlhf.reward.trust import (
+    EXTREMES, Trust, extremes, heldout_report, label_baseline, label_dict, label_text, show_report, trust,
+)
 from .weights import combination_weights, read_choices, weights_by_hand
 
 # %% ../../nbs/reward/47_train.ipynb #51e5ea1d
@@ -88,6 +90,7 @@ class Rated:
     weights: pd.DataFrame  # the same shape: 0 where not rated, mean 1 elsewhere
     overall: pd.Series     # mean overall rating of each image, NaN where not given
     left_out: dict         # aspect -> why it gets no head
+    generators: list = None  # n names of the image models, "" where they are not known
     contents: list = None  # n content keys of the image files, None where they are not known
 
     def __len__(self): return len(self.paths)
@@ -122,7 +125,8 @@ def rated_images(
     ratings = ratings.drop(columns=list(left_out))
     genres = rows.get("genre", pd.Series("", rows.index)).fillna("")
     return Rated(list(ratings.index), list(rows.prompt), list(rows.prompt_id), list(genres), ratings,
-                 rating_weights(tidy, ratings), overall.reindex(ratings.index), left_out)
+                 rating_weights(tidy, ratings), overall.reindex(ratings.index), left_out,
+                 list(rows.get("pipeline", pd.Series("", rows.index)).fillna("")))
 
 # %% ../../nbs/reward/47_train.ipynb #3475083e
 @dataclass
@@ -135,6 +139,7 @@ class Trained:
     weights_from: str        # where the weights come from
     fit: Fit
     trust: Trust             # calibration, uncertainty, leakage, genres
+    labels: pd.DataFrame     # of `label_baseline`: what generator, genre and prompt alone predict
 
     def _repr_html_(self): return show_report(self.report).to_html()
 
@@ -206,7 +211,9 @@ def train(
     weights, source = combination_weights(settings.weights, report, predicted, rated.overall, ids, choices)
     info = _info(ratings, backbone, settings, predicted, fit, known, weights, source)
     model = RewardModel(backbone, projection, fit.heads, info)
-    return Trained(model, rated, predicted, report.join(weights), source, fit, known)
+    generators = rated.generators or [""] * len(rated)
+    labels = label_baseline(dict(generator=generators, genre=rated.genres), ratings, ids, folds)
+    return Trained(model, rated, predicted, report.join(weights), source, fit, known, labels)
 
 # %% ../../nbs/reward/47_train.ipynb #c6395b03
 def _scatter_title(aspect, r):
@@ -255,7 +262,8 @@ def _write_metrics(trained, path, data, extra):
     "All figures of a report as JSON."
     aspects = json.loads(trained.report.to_json(orient="index"))
     write_json(path, dict(aspects=aspects, weights_from=trained.weights_from, left_out=trained.rated.left_out,
-                          epoch=trained.fit.epoch, data=data, **trained.trust.as_dict(), **extra))
+                          epoch=trained.fit.epoch, data=data, labels=label_dict(trained.labels),
+                          **trained.trust.as_dict(), **extra))
     return path
 
 # %% ../../nbs/reward/47_train.ipynb #157626d3
@@ -400,6 +408,7 @@ def _say_results(trained, folds, files):
     print(f"\n\nheld out, {folds} folds by prompt, 95 % intervals over prompts:")
     print(show_report(trained.report).to_string())
     print(f"\nhow far to trust them: calibration, uncertainty, leakage\n{trained.trust}\n")
+    print(label_text(trained.labels))
     print(f"{trained.trust.genre_text()}weights: {trained.weights_from}\n")
     print("\n".join(map(str, files)))
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DRAWS', 'FLAT', 'Z95', 'FEWEST_IN_FOLD', 'LEAST_SQUARE', 'FEWEST_WHOLE', 'FEWEST_OF_GENRE', 'FEWEST_KNOWN',
            'EXTREMES', 'Draws', 'interval', 'correlations', 'chance', 'heldout_report', 'with_interval', 'show_report',
-           'calibration', 'reliability', 'fit_uncertainty', 'stated_error', 'uncertainty_report', 'aspect_matrices',
-           'leakage', 'per_genre', 'extremes', 'Trust', 'trust']
+           'label_baseline', 'label_text', 'label_dict', 'calibration', 'reliability', 'fit_uncertainty',
+           'stated_error', 'uncertainty_report', 'aspect_matrices', 'leakage', 'per_genre', 'extremes', 'Trust',
+           'trust']
 
 # %% ../../nbs/reward/41_trust.ipynb #a5108c08
 from dataclasses import dataclass
@@ -174,6 +175,54 @@ def show_report(
 ) -> pd.DataFrame:         # texts, index aspect
     "The report as people read it; ± is the spread of the folds."
     return pd.DataFrame({a: _shown_row(r) for a, r in report.iterrows()}).T.rename_axis("aspect")
+
+# %% ../../nbs/reward/41_trust.ipynb #2c57f706
+def _label_means(labels, rated, folds):
+    "For each image the mean rating of its label in the other folds, or of all others where there is none."
+    said = np.full(len(rated), np.nan)
+    known = np.isfinite(rated)
+    for k in np.unique(folds):
+        there, here = known & (folds != k), folds == k
+        if not there.any(): continue
+        means = pd.Series(rated[there]).groupby(labels[there]).mean()
+        said[here] = pd.Series(labels[here]).map(means).fillna(rated[there].mean())
+    return said
+
+def label_baseline(
+    labels: dict,             # name of a label -> (n,) its values
+    rated: pd.DataFrame,      # image x aspect, NaN where not rated
+    prompt_ids,               # (n,)
+    folds,                    # (n,) of the heads: split by prompt
+) -> pd.DataFrame:            # index (label, aspect): plcc with its limits; labels that are all the same are left out
+    "How far the labels alone predict the ratings, with 95 % intervals over prompts."
+    prompt_ids, rows = np.asarray(prompt_ids), {}
+    alone = pd.Series(prompt_ids).groupby(prompt_ids).cumcount().to_numpy()  # the images of a prompt, apart
+    for name, values in (labels | dict(prompt=prompt_ids)).items():
+        values = np.asarray(values).astype(str)
+        if len(set(values)) == 1 or (name == "prompt" and not alone.any()): continue
+        for a in rated:
+            said = _label_means(values, rated[a].to_numpy(float), alone if name == "prompt" else np.asarray(folds))
+            r = correlations(np.nan_to_num(said, nan=np.nanmean(said)), rated[a], prompt_ids)
+            rows[name, a] = {k: r[k] for k in ("plcc", "plcc_low", "plcc_high")}
+    return pd.DataFrame(rows).T.rename_axis(["label", "aspect"]) if rows else pd.DataFrame()
+
+# %% ../../nbs/reward/41_trust.ipynb #68bfeb5a
+def label_text(
+    labels: pd.DataFrame,  # of `label_baseline`
+) -> str:
+    "What the labels alone predict, as text."
+    if not len(labels): return "labels alone: none that differ\n"
+    lines = []
+    for label, table in labels.groupby(level="label", sort=False):
+        cells = [f"{aspect} {with_interval(r, 'plcc')}" for (_, aspect), r in table.iterrows()]
+        lines.append(f"the {label} alone predicts: {', '.join(cells)}")
+    return "\n".join(lines) + "\n"
+
+def label_dict(labels: pd.DataFrame) -> dict:  # label -> aspect -> figures
+    "For a JSON file."
+    found = {}
+    for (label, aspect), r in labels.iterrows(): found.setdefault(label, {})[aspect] = r.round(4).to_dict()
+    return found
 
 # %% ../../nbs/reward/41_trust.ipynb #c5463789
 def _line(predicted, rated, prompt_ids):

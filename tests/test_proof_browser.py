@@ -1,0 +1,103 @@
+"""The report and the blind comparison as people meet them: a real browser; the panel served by a real Voilà."""
+from contextlib import contextmanager
+from pathlib import Path
+import os, signal, sqlite3, statistics, subprocess, sys, time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("voila", reason="voila is not installed: pip install -e '.[dev]'")
+from test_panel_browser import CHROMIUM, NO_CHROMIUM, at_home, free_port, playwright, shot, wait_for
+
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+PAIRS = 8
+SERVE = """
+import sys
+from pathlib import Path
+from mhrlhf.core.settings import ChooseSettings
+from mhrlhf.proof.blind import run
+sys.exit(run(ChooseSettings(evaluation=Path("evaluation"), checks=1, panel_port=int(sys.argv[1]))))
+"""
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    "A folder with an evaluation of some pairs."
+    from mhrlhf.core.prompts import Prompt
+    from mhrlhf.core.settings import EvaluateSettings
+    from mhrlhf.pocket.scenes import scene_batch
+    from mhrlhf.proof.evaluate import judged, write_evaluation
+    folder = tmp_path_factory.mktemp("study")
+    scenes, truth = scene_batch(PAIRS, np.random.default_rng(0))
+    noisy = np.clip(scenes + np.random.default_rng(1).integers(-60, 60, scenes.shape), 0, 255).astype(np.uint8)
+    prompts = [Prompt(f"p{i}", f.caption, "even" if i % 2 else "odd") for i, f in enumerate(truth)]
+    write_evaluation(judged(noisy, scenes, prompts, EvaluateSettings(reward_model=folder)), folder / "evaluation")
+    return folder
+
+@contextmanager
+def opened():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport=dict(width=1280, height=900))
+        page.set_default_timeout(120_000)
+        yield page
+        browser.close()
+
+def test_the_report_is_one_file_that_asks_no_host(study):
+    from mhrlhf.core.settings import ReportSettings
+    from mhrlhf.proof.report import run
+    places = dict(metadata=study / "none.csv", reward_model=study / "none", model=study / "none")
+    run(ReportSettings(database=f"sqlite:///{study}/none.db", evaluation=study / "evaluation",
+                       output=study / "report.html", **places))
+    with opened() as page:
+        asked, said = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.goto((study / "report.html").as_uri())
+        pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+        assert len(pictures) >= 4 and all(pictures), pictures
+        assert all(url.startswith(("file:", "data:")) for url in asked) and not said, (asked, said)
+        assert page.locator("h2").first.inner_text() == "What was asked"
+        assert page.evaluate("document.documentElement.scrollWidth <= 1280"), "wider than the window"
+        shot(page, "report.png")
+
+@pytest.fixture(scope="module")
+def page_of(study, tmp_path_factory):
+    "The address of the served blind comparison."
+    home, port, log = tmp_path_factory.mktemp("home"), free_port(), study / "page.log"
+    with log.open("w") as out:
+        server = subprocess.Popen([sys.executable, "-c", SERVE, str(port)], cwd=study, env=at_home(home), stdout=out,
+                                  stderr=out, start_new_session=True)
+    try:
+        wait_for(lambda: "running at" in log.read_text() or server.poll() is not None, 240, log.read_text)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+
+def votes(folder):
+    with sqlite3.connect(Path(folder) / "data/annotations/ratings.db") as c:
+        return c.execute("select image_path, value, source from choices order by id").fetchall()
+
+def status(page): return page.locator("[role=status]").first.inner_text()
+
+def test_people_choose_and_come_back(study, page_of):
+    with opened() as page:
+        page.goto(page_of + "?rater=ann")
+        page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img:visible")
+        assert "tuned" not in page.content() and "evaluation/images" not in page.content(), "not blind"
+        stored, shown = [], []
+        for i, key in enumerate(["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowLeft"]):
+            began = time.perf_counter()
+            page.keyboard.press(key)
+            wait_for(lambda i=i: len(votes(study)) == i + 1)
+            stored.append(time.perf_counter() - began)
+            wait_for(lambda i=i: f"pair {i + 2} of" in status(page))
+            shown.append(time.perf_counter() - began)
+        print(f"\nfrom key to database: median {1000 * statistics.median(stored):.0f} ms, to the next pair: "
+              f"{1000 * statistics.median(shown):.0f} ms")
+        assert votes(study)[2][1] == "tie" and {v for _, v, _ in votes(study)} <= {"first", "second", "tie"}
+        shot(page, "blind.png")
+        page.goto(page_of + "?rater=ann")
+        page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img:visible")
+        wait_for(lambda: f"pair 5 of {PAIRS + 1}" in status(page) and "4 done" in status(page))
