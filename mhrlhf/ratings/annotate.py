@@ -7,9 +7,8 @@ __all__ = ['ENOUGH', 'completeness', 'judged_truth', 'noise_for', 'read_uncertai
 
 # %% ../../nbs/ratings/39_annotate.ipynb #b6314f8b
 from pathlib import Path
-import sys
+import math, sys
 
-from PIL import Image
 import numpy as np
 import pandas as pd
 
@@ -17,14 +16,17 @@ from ..core.aspects import NAMES
 from ..core.files import InputError, read_table
 from ..core.settings import AnnotateSettings
 from ..images.metadata import read_metadata
+from ..images.pixels import open_image
 from ..pocket.scenes import SIZE, parse_caption
 from .agreement import agreement
 from .assignment import assign, assign_next, parse_raters, progress, what_to_rate_next
-from .exchange import LOCAL, argilla_id, import_export, read_people, write_argilla, write_label_studio
+from mhrlhf.ratings.exchange import (
+    LOCAL, argilla_id, import_export, is_label_studio_csv, read_people, write_argilla, write_label_studio,
+)
 from .raters import panel_report
 from .sheets import import_sheet, write_ratings_csv, write_template
 from .simulated import SIMULATED, simulated_panel, simulated_raters
-from .store import RatingStore, read_assignment, shown_url, write_assignment
+from .store import RatingStore, alike, parse_number, read_assignment, shown_url, write_assignment
 
 # %% ../../nbs/ratings/39_annotate.ipynb #fe39a9b2
 ENOUGH = 500  # rated images per aspect that a reward head wants
@@ -46,12 +48,7 @@ def completeness(
 
 # %% ../../nbs/ratings/39_annotate.ipynb #06c84af8
 def _open_pocket_image(path):
-    try:
-        with Image.open(path) as image: image = image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image; generate it again, or remove its row from the metadata") from None
-    except OSError as e:
-        raise InputError(f"{path}: not a readable image ({e}); delete it and generate it again") from None
+    image = open_image(path)
     if image.size != (SIZE, SIZE):
         raise InputError(f"{path}: {image.width} × {image.height} pixels; "
                          f"a simulated panel can only rate the pocket's images ({SIZE} × {SIZE})")
@@ -108,7 +105,7 @@ def _simulate(store, images, count, icc, seed):
 # %% ../../nbs/ratings/39_annotate.ipynb #c925472a
 def _points(row, column):
     "How many points a cell tells; NaN where it is empty."
-    try: return float(row[column] or "nan")
+    try: return parse_number(row[column]) if row[column] else math.nan
     except ValueError: raise InputError(row.fault(column, "a number of rating points is needed")) from None
 
 # %% ../../nbs/ratings/39_annotate.ipynb #b979114d
@@ -173,12 +170,17 @@ def _people(settings, store):
     return {argilla_id(r): r for r in names} | (read_people(settings.people) if settings.people else {})
 
 # %% ../../nbs/ratings/39_annotate.ipynb #39a734bf
+def _read_one(path, settings, known, store):
+    "Take the ratings of a file; how many are new, and its faults."
+    if path.lower().endswith(".json") or is_label_studio_csv(path):
+        return import_export(store, path, _people(settings, store), known)
+    return import_sheet(store, path, known, Path(path).stem, filled=True)
+
 def _read(settings, known, store):
     "Take ratings from further files; returns their faults."
     faults = []
     for path in settings.read:
-        if path.endswith(".json"): stored, found = import_export(store, path, _people(settings, store), known)
-        else: stored, found = import_sheet(store, path, known, Path(path).stem)
+        stored, found = _read_one(path, settings, known, store)
         print(f"{path}: {stored} new ratings")
         faults += found
     return faults
@@ -208,6 +210,9 @@ def _report(tidy, images, store):
     print(f"\n{tidy.rater.nunique()} raters, {len(tidy):,} ratings in {shown_url(store.engine.url)}\n"
           f"{completeness(tidy, images).round(1)}\n")
     if len(tidy): print(agreement(tidy))
+    for names in alike(tidy.rater):
+        print(f"{', '.join(names)}: one person? They count as {len(names)}; if they are one, write the name alike in "
+              "the sheets, and withdraw what stands under the other")
 
 def _tell(faults):
     if not faults: return 0
