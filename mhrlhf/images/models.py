@@ -256,7 +256,7 @@ def load_backbone(
     model_name, tag = _model_and_tag(name)
     if isinstance(device, str): device = choose_device(device)
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag, device=device)
+        model, preprocess = open_clip.create_model_from_pretrained(model_name, tag, device=device)
         tokenize = open_clip.get_tokenizer(model_name)
     except Exception as e: raise missing_weights(name, e) from None
     model = faster_products(model.float().eval().requires_grad_(False))
