@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "train-dspo": "step 5: tune the image model so that all aspects rise together",
     "evaluate": "base and tuned model on held-out prompts, with intervals",
     "inference": "images from a tuned model",
+    "export": "a tuned model for other programs: ComfyUI, A1111",
     "monitor": "watch a run in TensorBoard",
     "test-pipeline": "the whole method on the embedded pocket, in ten minutes",
 }

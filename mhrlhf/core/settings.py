@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'MODULES', 'Settings', 'PipelineSettings', 'SamplingSettings', 'GenerateSettings', 'AnnotateSettings',
            'TrainRewardSettings', 'ScoreSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings',
-           'MonitorSettings', 'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile',
-           'profile_variant']
+           'ExportSettings', 'MonitorSettings', 'TestPipelineSettings', 'profile_values', 'load_settings',
+           'choose_profile', 'profile_variant']
 
 # %% ../../nbs/core/02_settings.ipynb #0cb7d443
 from dataclasses import dataclass, fields
@@ -253,6 +253,15 @@ class InferenceSettings(SamplingSettings):
     reward_model: Path = Path("outputs/multihead_reward_model")  # whose noise-aware heads guide
     output: Path = Path("outputs/inference")   # folder written
 
+# %% ../../nbs/core/02_settings.ipynb #6e900974
+@dataclass(frozen=True)
+class ExportSettings(PipelineSettings):
+    "A tuned model for other programs."
+    model: Path = Path("outputs/dspo_model")  # adapter folder, or its file
+    # kohya: the names that ComfyUI and A1111 know; the pipeline is the one that the adapter was trained on
+    format: Literal["kohya"] = "kohya"
+    output: Path = Path("outputs/dspo_model/kohya.safetensors")  # file written
+
 # %% ../../nbs/core/02_settings.ipynb #20de8412
 @dataclass(frozen=True)
 class MonitorSettings(Settings):
@@ -278,12 +287,13 @@ class TestPipelineSettings(Settings):
 STAGES = {
     "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
     "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
+    "inference": InferenceSettings, "export": ExportSettings,
+    "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
 }
 MODULES = {
     "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
     "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "monitor": "proof.monitor", "test-pipeline": "workflow",
+    "inference": "proof.inference", "export": "proof.export", "monitor": "proof.monitor", "test-pipeline": "workflow",
 }
 
 # %% ../../nbs/core/02_settings.ipynb #9f72a63e
