@@ -25,18 +25,19 @@ _NEEDED = ("image_path", "prompt_id", "prompt")
 _NUMBERS = ("seed", "steps", "guidance", "width", "height", "seconds", "bytes")
 
 # %% ../../nbs/images/14_metadata.ipynb #6d196979
-def _is_torn(line, header):
+def _is_torn(line, header, delimiter):
     "Whether a line without end lacks cells that the header has."
-    delimiter = layout_of(header).delimiter
-    cells, names = (next(csv.reader([text], delimiter=delimiter), []) for text in (line, header))
+    try: cells, names = (next(csv.reader([text], delimiter=delimiter), []) for text in (line, header))
+    except csv.Error: return False  # told as a bad line
     return line.count('"') % 2 or len(cells) < len(names)
 
 def _without_torn_line(content):
     "The bytes of a CSV without what a crash left of its last line."
-    begin, first = content.rfind(b"\n") + 1, content.find(b"\n")
+    begin = content.rfind(b"\n") + 1
     if not begin or begin == len(content) or not encoding_of(content).startswith("utf-8"): return content
-    line, header = (part.decode(errors="replace") for part in (content[begin:], content[:first]))
-    return content[:begin] if _is_torn(line, header) else content
+    layout = layout_of(content[:begin].decode(errors="replace"))
+    header, last = layout.lines[layout.header:][:1], content[begin:].decode(errors="replace")
+    return content[:begin] if _is_torn(last, "".join(header).rstrip("\r\n"), layout.delimiter) else content
 
 # %% ../../nbs/images/14_metadata.ipynb #c91d4249
 def _read_rows(path):

@@ -147,13 +147,13 @@ def _annotations(entry):
 # %% ../../nbs/ratings/38_exchange.ipynb #fec4fc3c
 def _rater_and_image(annotation, people, images):
     "Rater, prompt_id and image_path; `ValueError` says what is wrong."
-    data = annotation.data
-    id = data.get("prompt_id") or (images or {}).get(data.get("image_path"))
-    needed = dict(annotator=annotation.person, image_path=data.get("image_path"), prompt_id=id)
+    image = str(annotation.data.get("image_path") or "")
+    id = annotation.data.get("prompt_id") or (images or {}).get(image)
+    needed = dict(annotator=annotation.person, image_path=image, prompt_id=id)
     missing = [k for k, v in needed.items() if not v]
     if missing:
         raise ValueError(f"no {', '.join(missing)}; import the tasks that were written here, and let people sign in")
-    try: prompt_id, image_path = check_image(str(data["image_path"]), str(id), images)
+    try: prompt_id, image_path = check_image(image, str(id), images)
     except ValueError as e:
         column, value, why = e.args
         raise ValueError(f"{column}, value {value!r}: {why}") from None
@@ -202,7 +202,10 @@ _TABLES = ".csv", ".tsv", ".txt"  # endings of files that are read as tables
 def _read_annotations(path, faults):
     "The annotations of all entries; an entry in another shape is a fault."
     for number, entry in enumerate(_entries(path, faults), 1):
-        try: yield from _annotations(entry)
+        try:
+            found = _annotations(entry)
+            if not all(isinstance(a.data, dict) for a in found): raise TypeError("its data is no object")
+            yield from found
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
             why = f"{type(e).__name__}: {e}"
             faults.append(f"{path}: entry {number}: not in the shape of an export ({why}); export again")
