@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPILED', 'pocket_folder', 'fast_math', 'OneDNNLinear', 'faster_products', 'missing_weights', 'naming_weights',
-           'quiet_libraries', 'where_is', 'load_pipeline', 'compile_blocks', 'Backbone', 'load_backbone']
+           'quiet_libraries', 'where_is', 'check_parts', 'load_pipeline', 'compile_blocks', 'Backbone', 'load_backbone']
 
 # %% ../../nbs/images/10_models.ipynb #edde24b3
 from contextlib import contextmanager
@@ -89,24 +89,36 @@ def faster_products(
     return network
 
 # %% ../../nbs/images/10_models.ipynb #ebdce8da
+_PICKLED = "its weights are pickles (.bin, .ckpt), which may run anything when they are opened"
+
+def _is_pickled(folder):
+    "Whether a folder has weights, and only pickled ones."
+    return any(folder.glob("unet/*.bin")) and not any(folder.glob("unet/*.safetensors"))
+
 def missing_weights(
-    name: str,         # folder or hub id, as it was asked for
+    name: str,         # folder, file or hub id, as it was asked for
     error: Exception,  # what its loader raised
 ) -> InputError:       # to be raised
     "Says which weights are not there, and what to do."
-    if Path(name).is_dir():
-        reason = str(error).splitlines()[0]
-        return InputError(f"{name}: cannot be loaded, or a part of it is not there: {reason}")
+    path, reason = Path(name), (str(error).splitlines() or [type(error).__name__])[0]
+    if path.is_dir() and _is_pickled(path):
+        return InputError(f"{name}: {_PICKLED}; load it in a place that you trust with "
+                          "StableDiffusionXLPipeline.from_pretrained, and save_pretrained writes safetensors")
+    if path.is_dir(): return InputError(f"{name}: cannot be loaded, or a part of it is not there: {reason}")
+    if path.is_file():
+        return InputError(f"{name}: cannot be loaded as a whole model in one file ({reason:.150}); a folder of the same "
+                          "name beside it may hold the model's configuration (model_index.json and what it names)")
     return InputError(f"weights of {name!r} are not on this machine and cannot be fetched ({type(error).__name__}); "
                       f"download them where there is a network (hf download {name}), copy the folder here and name it, "
                       "or use the profile pocket")
 
 @contextmanager
 def naming_weights(
-    name: str,  # folder or hub id, as it was asked for
+    name: str,  # folder, file or hub id, as it was asked for
 ):
     "Faults of a loader inside the block, as the `InputError` of `missing_weights`."
     try: yield
+    except InputError: raise
     except (OSError, ValueError) as e: raise missing_weights(name, e) from None
 
 # %% ../../nbs/images/10_models.ipynb #3e629cd4
@@ -124,14 +136,57 @@ def quiet_libraries():
 _POCKET_PARTS = {"pocket": "sdxl", "pocket-tiny": "tiny_vae"}
 
 def where_is(
-    name: str,  # of an image model or a VAE: "pocket", "pocket-tiny", a local folder, or a hub id
+    name: str,  # of an image model or a VAE: "pocket", "pocket-tiny", a local folder or file, or a hub id
 ) -> str:       # a folder or a hub id
     "Where an image model or a VAE is to be loaded from."
     return str(pocket_folder(_POCKET_PARTS[name])) if name in _POCKET_PARTS else name
 
+# %% ../../nbs/images/10_models.ipynb #7a75f121
+_HALF = "fp16"  # how the names of weights in half precision end, before .safetensors
+
+def _options(place):
+    "What a loader needs to be told about the files of a folder."
+    parts = [p.name for p in place.glob("**/*.safetensors")]
+    half = [p for p in parts if p.endswith(f".{_HALF}.safetensors")]
+    return dict(variant=_HALF) if half and len(half) == len(parts) else {}
+
+def _read_file(cls, name, dtype, **more):
+    "A whole model in one file."
+    file = Path(name)
+    if file.suffix != ".safetensors": raise InputError(f"{name}: {_PICKLED}; use a .safetensors file")
+    beside = file.with_suffix("")
+    config = dict(config=str(beside)) if (beside/"model_index.json").is_file() else {}
+    try: return cls.from_single_file(str(file), torch_dtype=dtype, **config, **more)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e: raise missing_weights(name, e) from None
+
+def _read(cls, name, dtype, **more):
+    place = where_is(name)
+    if Path(place).is_file(): return _read_file(cls, name, dtype, **more)
+    with naming_weights(name):
+        return cls.from_pretrained(place, dtype=dtype, use_safetensors=True, **_options(Path(place)), **more)
+
+# %% ../../nbs/images/10_models.ipynb #a10cc94a
+def check_parts(
+    pipe,       # a `StableDiffusionXLPipeline`
+    name: str,  # as it was asked for
+):
+    "Raises `InputError` for a pipeline that cannot make images of prompts from noise."
+    scheduler, unet, vae = type(pipe.scheduler).__name__, pipe.unet.config, pipe.vae.config
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        raise InputError(f"{name}: has no first text encoder, as SDXL's refiner; name the base model")
+    if not hasattr(pipe.scheduler, "init_noise_sigma"):
+        raise InputError(f"{name}: scheduler {scheduler} is one of flow matching, which SDXL is not; "
+                         "use a diffusion scheduler such as EulerDiscreteScheduler")
+    if unet.in_channels != unet.out_channels:
+        raise InputError(f"{name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, as one for "
+                         "inpainting; name a base model")
+    if vae.latent_channels != unet.in_channels:
+        raise InputError(f"{name}: its VAE's latents have {vae.latent_channels} channels, its UNet's {unet.in_channels}; "
+                         "they do not belong together")
+
 # %% ../../nbs/images/10_models.ipynb #9f2ff330
 def load_pipeline(
-    name: str = "pocket",                 # "pocket", a local folder, or a hub id
+    name: str = "pocket",                 # "pocket", a local folder or file, or a hub id
     device: str | torch.device = "auto",  # a name: see `choose_device`
     dtype: str | torch.dtype = "auto",    # a name: see `choose_dtype`
     vae: str = "",         # folder or hub id of a VAE to use instead, also of a tiny one (TAESD); "pocket-tiny": ours
@@ -143,15 +198,12 @@ def load_pipeline(
     if isinstance(dtype, str): dtype = choose_dtype(dtype, device)
     other_vae = dict(vae=_read(AutoModel, vae, dtype)) if vae else {}
     pipe = _read(StableDiffusionXLPipeline, name, dtype, add_watermarker=False, **other_vae)
+    check_parts(pipe, name)
     try: pipe.to(device)
     except torch.OutOfMemoryError: raise InputError(_too_large(name)) from None
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2): faster_products(part)
     return pipe
-
-def _read(cls, name, dtype, **options):
-    with naming_weights(name):
-        return cls.from_pretrained(where_is(name), dtype=dtype, use_safetensors=True, **options)
 
 def _too_large(name):
     return f"{name} does not fit into what is free of the GPU's memory; end what else uses it, or try dtype bfloat16"
@@ -199,12 +251,15 @@ def _model_and_tag(name):
     import open_clip
     folder = pocket_folder("openclip") if name == "pocket" else Path(name)
     if folder.is_dir(): return f"local-dir:{folder}", None
-    if "/" not in name or name.startswith("hf-hub:"): return name, None
-    model, tag = name.split("/", 1)
+    if name.startswith("hf-hub:"): return name, None
+    model, _, tag = name.partition("/")
     tags = open_clip.list_pretrained_tags_by_model(model)
+    if model in open_clip.list_models() and not tag:
+        known = ", ".join(f"{model}/{tag}" for tag in tags) or "none; name a folder of weights"
+        raise InputError(f"backbone {name}: which weights? There are: {known}")
     if tags and tag not in tags and not Path(tag).exists():
         raise InputError(f"backbone {name}: open_clip knows no weights {tag!r} of {model}, only {', '.join(tags)}")
-    return model, tag
+    return model, tag or None
 
 # %% ../../nbs/images/10_models.ipynb #7146a52f
 def load_backbone(
@@ -216,7 +271,7 @@ def load_backbone(
     model_name, tag = _model_and_tag(name)
     if isinstance(device, str): device = choose_device(device)
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag, device=device)
+        model, preprocess = open_clip.create_model_from_pretrained(model_name, tag, device=device)
         tokenize = open_clip.get_tokenizer(model_name)
     except Exception as e: raise missing_weights(name, e) from None
     model = faster_products(model.float().eval().requires_grad_(False))
