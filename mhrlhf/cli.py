@@ -22,6 +22,7 @@ DESCRIPTIONS = {
     "evaluate": "base and tuned model on held-out prompts, with intervals",
     "inference": "images from a tuned model",
     "choose": "blind comparison: people choose between two images, sides by lot",
+    "export": "a tuned model for other programs: ComfyUI, A1111",
     "monitor": "watch a run in TensorBoard",
     "runs": "what runs there are, and what differs between two of them",
     "report": "one HTML file about a run, from the raters to the tuned model",

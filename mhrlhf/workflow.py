@@ -33,10 +33,11 @@ def stage_settings(
     changes = {
         "generate": dict(images=root / "images", metadata=root / "generated.csv", limit=s.prompts,
                          processes=s.processes),
-        "annotate": dict(annotations=root / "multihead_ratings.csv", simulate=s.raters, **rated),
-        "train-reward": dict(output=heads["reward_model"], cache=root / "features", **rated),
+        "annotate": dict(annotations=root / "multihead_ratings.csv", simulate=s.raters, seed=s.seed,
+                         **rated),
+        "train-reward": dict(output=heads["reward_model"], cache=root / "features", seed=s.seed, **rated),
         "train-dspo": dict(output=root / "dspo_model", updates=s.updates, minutes=s.minutes, processes=s.processes,
-                           **heads),
+                           seed=s.seed, **heads),
         "evaluate": dict(model=root / "dspo_model", cache=root / "features", output=root / "evaluation",
                          limit=s.heldout, processes=s.processes, force=True, **heads),
     }

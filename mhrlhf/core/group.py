@@ -42,11 +42,15 @@ def join_group(
     return group.process_index, world, torch.distributed.PrefixStore(f"attempt-{attempt}", store)
 
 # %% ../../nbs/core/06_group.ipynb #559c0b36
-def _accelerate(processes):
-    "The words before a command that start it so many times, as one group."
+def _accelerate(processes, folder):
+    "The words before a command that start it so many times, as one group; the folder gets a configuration."
     flags = dict(num_processes=processes, num_machines=1, mixed_precision="no", dynamo_backend="no",
                  main_process_port=0, num_cpu_threads_per_process=1)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--no_python"]
+    config = Path(folder)/"accelerate.json"
+    write_json(config, dict(compute_environment="LOCAL_MACHINE", distributed_type="MULTI_GPU", mixed_precision="no",
+                            num_processes=processes, num_machines=1, use_cpu=False))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--no_python",
+              f"--config_file={config}"]
     return [*launch, *[f"--{name}={value}" for name, value in flags.items()]]
 
 # %% ../../nbs/core/06_group.ipynb #f2f13c4b
@@ -125,7 +129,7 @@ def launched_worker():
 _WORKER = "from mhrlhf.core.group import launched_worker; launched_worker()"
 
 def _command(settings, folder):
-    return [*_accelerate(settings.processes), sys.executable, "-c", _WORKER, str(folder)]
+    return [*_accelerate(settings.processes, folder), sys.executable, "-c", _WORKER, str(folder)]
 
 def launch(
     stage: str,  # whose module has a `work_in_group(settings, show)`

@@ -5,16 +5,38 @@
 # %% auto #0
 __all__ = ['STAGES', 'MODULES', 'Settings', 'PipelineSettings', 'SamplingSettings', 'GenerateSettings', 'AnnotateSettings',
            'TrainRewardSettings', 'ScoreSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings',
-           'MonitorSettings', 'ChooseSettings', 'RunsSettings', 'ReportSettings', 'TestPipelineSettings',
-           'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
+           'ExportSettings', 'MonitorSettings', 'ChooseSettings', 'RunsSettings', 'ReportSettings',
+           'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
 
 # %% ../../nbs/core/02_settings.ipynb #0cb7d443
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
-import configparser, difflib, os, subprocess
+import configparser, difflib, math, os, re, subprocess
 
-from .files import InputError, raise_faults
+from .files import InputError, raise_faults, read_text
+
+# %% ../../nbs/core/02_settings.ipynb #1e2f79a1
+_SMALLEST = {  # knob -> the least number that makes sense; of all others it is 0
+    "steps": 1, "batch": 1, "cache_every": 1,                # sampling
+    "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
+    "raters": 1, "per_image": 1, "sitting": 1,               # the panel
+    "folds": 2,                                              # one to learn from, one to check
+    "patience": 1, "rank": 1, "updates": 1,                  # training
+    "members": 1, "noise_epochs": 1,                         # noise-aware heads
+    "watch_every": 1, "watch_steps": 1, "watched": 2,        # two prompts or more have an interval
+    "icc": .01,                                              # raters of no agreement have infinite noise
+}
+_LARGEST = {  # knob -> the largest number that makes sense; none may be infinite
+    "guidance_until": 1, "repeats": 1, "icc": 1,             # shares
+    "dropout": .95, "anchor": .95,                           # shares of which something must be left
+    "steps": 1000, "watch_steps": 1000,                      # noise levels of a schedule
+    "min_timestep": 999, "max_timestep": 999,                # the last of them
+    "width": 16384, "height": 16384,                         # pixels
+    "port": 65535, "panel_port": 65535,                      # TCP
+    "seed": 2 ** 63 - 1,                                     # what a generator takes
+}
+_SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
 # %% ../../nbs/core/02_settings.ipynb #3ba7d62a
 _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 0
@@ -30,20 +52,24 @@ _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 
 _SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
 # %% ../../nbs/core/02_settings.ipynb #50a36b1b
-def _too_small(name, value):
-    "What is needed instead, or an empty text."
+def _out_of_range(name, value):
+    "What is needed instead of a number that is too small or too large, or an empty text."
     if not isinstance(value, (int, float)): return ""
     if name in ("width", "height") and value % _SIDE: return f"a multiple of {_SIDE} is needed"
-    least = _SMALLEST.get(name, 0)
-    return "" if value >= least else f"{least} or more is needed"
+    least, most = _SMALLEST.get(name, 0), _LARGEST.get(name, math.inf)
+    if not value >= least: return f"{least} or more is needed"
+    if value > most: return f"{most} or less is needed"
+    return "a number with an end is needed" if value == math.inf else ""
 
 # %% ../../nbs/core/02_settings.ipynb #9bb72910
 class Settings:
-    "What the settings of all stages have in common: none of their numbers is too small, else `InputError`."
+    "What the settings of all stages have in common: no number is out of its range, else `InputError`."
     def __post_init__(self):
         faults = []
         for name, value in vars(self).items():
-            if why := _too_small(name, value): faults.append(f"{name.replace('_', '-')} {value}: {why}")
+            if why := _out_of_range(name, value): faults.append(f"{name.replace('_', '-')} {value}: {why}")
+        lowest, highest = (vars(self).get(f"{end}_timestep", 0) for end in ("min", "max"))
+        if lowest > highest: faults.append(f"min-timestep {lowest}: is above max-timestep {highest}")
         raise_faults(faults)
 
 # %% ../../nbs/core/02_settings.ipynb #ded9041a
@@ -115,7 +141,10 @@ class AnnotateSettings(Settings):
     report: str = ""          # HTML file for the full report with pictures, such as outputs/panel.html
     repeats: float = 0.       # share of the images that the served panel shows a second time
     serve: bool = False       # serve the panel as a web page, until Ctrl-C
-    # address of the served panel; 0.0.0.0 for the local network, then with a password in its link
+    # people who get a link of their own to the served panel; a new link takes the place of an older one
+    invite: tuple[str, ...] = ()
+    withdraw: tuple[str, ...] = ()  # people whose link opens nothing any more
+    # address of the served panel; 0.0.0.0 for the local network, where only invited people come in
     host: str = "127.0.0.1"
     panel_port: int = 8866    # of the served panel
     simulate: int = 0         # raters of a SIMULATED panel to fill the store with; pocket images only
@@ -240,6 +269,15 @@ class InferenceSettings(SamplingSettings):
     reward_model: Path = Path("outputs/multihead_reward_model")  # whose noise-aware heads guide
     output: Path = Path("outputs/inference")   # folder written
 
+# %% ../../nbs/core/02_settings.ipynb #6e900974
+@dataclass(frozen=True)
+class ExportSettings(PipelineSettings):
+    "A tuned model for other programs."
+    model: Path = Path("outputs/dspo_model")  # adapter folder, or its file
+    # kohya: the names that ComfyUI and A1111 know; the pipeline is the one that the adapter was trained on
+    format: Literal["kohya"] = "kohya"
+    output: Path = Path("outputs/dspo_model/kohya.safetensors")  # file written
+
 # %% ../../nbs/core/02_settings.ipynb #20de8412
 @dataclass(frozen=True)
 class MonitorSettings(Settings):
@@ -291,10 +329,24 @@ class TestPipelineSettings(Settings):
     prompts: int = 600        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 208        # prompts of the evaluation
-    updates: int = 200        # of the tuning
+    updates: int = 120        # of the tuning
     minutes: float = 10.      # of the tuning, at most
     processes: int = 2        # that generate, tune and evaluate
+    seed: int = 0             # of panel, heads and tuning; the images are the same for all
     fresh: bool = False       # start over instead of continuing
+
+# %% ../../nbs/core/02_settings.ipynb #eac67b71
+STAGES = {
+    "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
+    "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
+    "inference": InferenceSettings, "export": ExportSettings,
+    "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
+}
+MODULES = {
+    "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
+    "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
+    "inference": "proof.inference", "export": "proof.export", "monitor": "proof.monitor", "test-pipeline": "workflow",
+}
 
 # %% ../../nbs/core/02_settings.ipynb #fbe25965
 STAGES = {
@@ -318,13 +370,14 @@ _COMMON = "common"  # the section whose knobs all profiles have
 def _sections(path):
     "The file's sections. Raises `InputError`."
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",), default_section=None)
-    try: text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not Path(path).exists():
         remedy = "run this in the project's folder or name it with --settings"
-        raise InputError(f"{path}: no such file; {remedy}") from None
-    try: parser.read_string(text, source=str(path))
-    except configparser.Error as e: raise InputError(f"{path}: {e}") from None
+        raise InputError(f"{path}: no such file; {remedy}")
+    try: parser.read_string("\n".join(_lines(path)), source=str(path))
+    except configparser.Error as e: raise InputError(f"{path}: {' '.join(str(e).split())}") from None
     return parser
+
+def _lines(path): return re.split("\r\n|\r|\n", read_text(path))
 
 # %% ../../nbs/core/02_settings.ipynb #996c4025
 def _lineage(path, parser, profile):
@@ -365,7 +418,9 @@ def _convert(text, kind):
     if kind is bool:
         if text.lower() not in ("true", "false"): raise ValueError("true or false is needed")
         return text.lower() == "true"
-    try: return kind(text)
+    if kind is Path: return Path(text).expanduser()
+    if kind is str: return text
+    try: return kind(text.replace("_", "?"))  # 1_0 is a number in Python only
     except ValueError: raise ValueError("a whole number is needed" if kind is int else "a number is needed") from None
 
 # %% ../../nbs/core/02_settings.ipynb #60a7cc9b
@@ -384,7 +439,7 @@ def _field(key, stage, keys):
 def _line_of(path, key, section):
     "The line in which a knob stands; 1 if it is written in some other way than `knob = value`."
     here = ""
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         line = line.strip()
         if line.startswith("["): here = line[1:].split("]")[0]
         elif here == section and line.split("=")[0].strip() == key: return number
@@ -411,7 +466,7 @@ def load_settings(
             name = _field(key, stage, values)
             if name not in kinds: continue
             chosen[name] = _convert(text, kinds[name])
-            if why := _too_small(name, chosen[name]): raise ValueError(why)
+            if why := _out_of_range(name, chosen[name]): raise ValueError(why)
         except ValueError as e:
             raise InputError(f"{path}:{_line_of(path, key, section)}: {key} = {text}: {e}") from None
     return STAGES[stage](**(chosen | overrides))

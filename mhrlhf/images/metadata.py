@@ -15,29 +15,50 @@ from PIL import Image, PngImagePlugin
 import numpy as np
 import pandas as pd
 
-from ..core.files import InputError, write_csv
+from ..core.files import InputError, decode_text, encoding_of, layout_of, parse_table, raise_faults, read_bytes, write_csv
 
 # %% ../../nbs/images/14_metadata.ipynb #e45291b0
 METADATA_COLUMNS = ("prompt_id", "seed", "image_path", "prompt", "genre", "profile", "pipeline", "steps", "guidance",
                     "width", "height", "seconds", "device", "worker", "created_at", "settings_hash", "status", "bytes")
 _HEADER = ",".join(METADATA_COLUMNS)
-_NEEDED = ("prompt_id", "image_path", "prompt")
+_NEEDED = ("image_path", "prompt_id", "prompt")
 _NUMBERS = ("seed", "steps", "guidance", "width", "height", "seconds", "bytes")
 
 # %% ../../nbs/images/14_metadata.ipynb #6d196979
-def _read_cells(path):
-    "Column names, and the cells of each complete line, newest last."
-    try: lines = Path(path).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
-    except FileNotFoundError: raise InputError(_no_metadata(path)) from None
-    if len(lines) <= 1 and _HEADER.startswith("".join(lines)): return METADATA_COLUMNS, []
-    names = next(csv.reader(lines[:1]), [])
-    missing = [c for c in _NEEDED if c not in names]
-    if missing: raise InputError(_no_column(path, missing, names))
-    cells = csv.reader(io.StringIO("\n".join(lines[1:])))
-    return names, [c for c in cells if len(c) == len(names)]
+def _is_torn(line, header, delimiter):
+    "Whether a line without end lacks cells that the header has."
+    try: cells, names = (next(csv.reader([text], delimiter=delimiter), []) for text in (line, header))
+    except csv.Error: return False  # told as a bad line
+    return line.count('"') % 2 or len(cells) < len(names)
 
-def _no_column(path, missing, names):
-    return f"{path}:1: missing column {', '.join(missing)}; the header has: {', '.join(names) or 'nothing'}"
+def _without_torn_line(content):
+    "The bytes of a CSV without what a crash left of its last line."
+    begin = content.rfind(b"\n") + 1
+    if not begin or begin == len(content) or not encoding_of(content).startswith("utf-8"): return content
+    layout = layout_of(content[:begin].decode(errors="replace"))
+    header, last = layout.lines[layout.header:][:1], content[begin:].decode(errors="replace")
+    return content[:begin] if _is_torn(last, "".join(header).rstrip("\r\n"), layout.delimiter) else content
+
+# %% ../../nbs/images/14_metadata.ipynb #c91d4249
+def _read_rows(path):
+    "The rows of a metadata CSV, newest last. Raises one `InputError` that lists every bad line."
+    if not Path(path).exists(): raise InputError(_no_metadata(path))
+    content = _without_torn_line(read_bytes(path))
+    if _HEADER.encode().startswith(content.strip()): return []
+    faults = []
+    rows = parse_table(path, decode_text(path, content), _NEEDED, faults)
+    faults += [row.fault(c, "must not be empty") for row in rows for c in _NEEDED if not row[c]]
+    raise_faults([*faults, *_two_prompts(rows)])
+    return rows
+
+def _two_prompts(rows):
+    "Images that two rows give to different prompts."
+    first = {}
+    for row in rows:
+        known = first.setdefault(row["image_path"], row)
+        if known["prompt_id"] != row["prompt_id"]:
+            yield row.fault("image_path", f"line {known.line} gives this image to prompt_id {known['prompt_id']}; "
+                                          "remove one of the two lines")
 
 def _no_metadata(path):
     others = ", ".join(map(str, sorted(Path(path).parent.glob("generated*.csv"))))
@@ -50,10 +71,8 @@ def read_metadata(
     path,                  # a metadata CSV, also one that is being written
     failed: bool = False,  # also the rows of images that could not be made
 ) -> pd.DataFrame:         # `METADATA_COLUMNS`; ids and texts as they stand
-    "One row per image; of several rows the newest counts. Raises `InputError` if there is no such file."
-    names, lines = _read_cells(path)
-    columns = dict(zip(names, zip(*lines)))
-    table = pd.DataFrame(columns, dtype=object).reindex(columns=METADATA_COLUMNS, fill_value="")
+    "One row per image; of several rows the newest counts. Raises `InputError` for what people did to the file."
+    table = pd.DataFrame([row.values for row in _read_rows(path)], dtype=object).reindex(columns=METADATA_COLUMNS, fill_value="")
     if not failed: table = table[table.status != "failed"].reset_index(drop=True)
     if table.image_path.duplicated().any(): table = _newest(table)
     for name in _NUMBERS: table[name] = pd.to_numeric(table[name], errors="coerce")
@@ -70,8 +89,7 @@ def known_rows(
 ) -> dict:   # image path -> its row, a dict of `METADATA_COLUMNS`, all texts
     "The newest row of each image that a CSV knows."
     if not Path(path).exists(): return {}
-    names, lines = _read_cells(path)
-    rows = [dict.fromkeys(METADATA_COLUMNS, "") | dict(zip(names, cells)) for cells in lines]
+    rows = [dict.fromkeys(METADATA_COLUMNS, "") | row.values for row in _read_rows(path)]
     return {r["image_path"]: r for r in rows}
 
 # %% ../../nbs/images/14_metadata.ipynb #fc6d175b

@@ -16,7 +16,7 @@ import torch
 from ..core.prompts import image_seed
 from .memory import GB, memory_note
 from .metadata import METADATA_COLUMNS, PART, append_rows, image_row, untouched, utc_time, write_image
-from .models import load_pipeline
+from .models import compile_blocks, load_pipeline
 from .plan import Plan, Task
 from .sampler import Sampler, warn_of_long_prompts
 
@@ -189,7 +189,7 @@ def _load_sampler(plan, tasks, rank, say):
         note = memory_note(plan.sampling, plan.pipeline, plan.device, plan.dtype, plan.vae)
         say(note or f"loading {plan.pipeline}")
     pipe = load_pipeline(plan.pipeline, plan.device, plan.dtype, plan.vae)
-    if plan.compile and pipe.device.type == "cuda": pipe.unet.compile_repeated_blocks(fullgraph=True)
+    if plan.compile and pipe.device.type == "cuda": compile_blocks(pipe)
     if rank == 0: warn_of_long_prompts(pipe.tokenizer, dict.fromkeys(t.prompt for t in tasks), say)
     return Sampler(pipe, plan.sampling, say)
 

@@ -17,7 +17,7 @@ from ..core.aspects import NAMES
 from ..core.files import InputError
 from .agreement import CannotTell, mean_squares, rater_biases, rating_codes, squares_within
 from .raters import true_scores, variance_components
-from .store import ASSIGNED
+from .store import ASSIGNED, rater_name
 
 # %% ../../nbs/ratings/37_assignment.ipynb #851c68c2
 def parse_raters(
@@ -29,6 +29,7 @@ def parse_raters(
     for text in texts:
         name, _, known = (part.strip() for part in text.partition(":"))
         asked = tuple(a.strip() for a in known.split("+")) if known else aspects
+        name = rater_name(name)
         if not name: raise InputError(f"rater {text!r}: a name is needed")
         if name in found: raise InputError(f"rater {text!r}: named twice")
         if unknown := ", ".join(a for a in asked if a not in aspects):

@@ -7,14 +7,16 @@ __all__ = ['PATIENCE', 'KeyListener', 'RatingPanel']
 
 # %% ../../nbs/ratings/33_panel.ipynb #b847610b
 from html import escape
+from pathlib import Path
 
 import anywidget, ipywidgets, traitlets
 import pandas as pd
 from fastcore.basics import patch
 
 from ..core.aspects import SCALE
-from ..core.files import InputError, inside
+from ..core.files import InputError
 from ..images.metadata import read_metadata
+from ..images.pixels import shown_bytes
 from .session import ACTIONS, MOVES, STEPS, RatingSession
 from .store import RatingStore, project_scale
 
@@ -234,10 +236,9 @@ class _AspectRow(ipywidgets.VBox):
 
 # %% ../../nbs/ratings/33_panel.ipynb #60d6a1ed
 def _read_image(root, path):
-    "The bytes of an image file, or a message instead."
-    try: return inside(root, path).read_bytes(), ""
-    except OSError: return b"", "This image cannot be read any more; skip it, and tell whoever runs the study."
-    except InputError: return b"", "This image lies outside the project and is not shown; skip it."
+    "The bytes of an image file as people see it, or a message instead."
+    try: return shown_bytes(Path(root)/path), ""
+    except InputError: return b"", "This image cannot be read any more; skip it, and tell whoever runs the study."
 
 # %% ../../nbs/ratings/33_panel.ipynb #82bb4768
 PATIENCE = 1.  # seconds that an answer may wait for another process's write, before it is kept and the rater told

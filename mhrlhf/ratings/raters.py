@@ -11,6 +11,26 @@ __all__ = ['LEAST_VARIANCE', 'LEAST_BIAS', 'FEWEST_VOTES', 'MOST_VOTES', 'LEAST_
            'rater_consistency', 'plot_disputed', 'aspect_correlations', 'planned_interval', 'raters_needed',
            'effective_size', 'planned_head', 'images_needed', 'plot_plan', 'PanelReport', 'panel_report']
 
+# %% ../../nbs/ratings/36_raters.ipynb #bc47ddbe
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+import base64, io, math, textwrap
+
+from fastcore.basics import patch
+import numpy as np
+import pandas as pd
+
+from ..core.files import InputError, atomic_path
+from ..core.plots import figure
+from ..images.pixels import open_image
+from mhrlhf.ratings.agreement import (
+    Agreement, CannotTell, Interval, MeanSquares, agreement, disagreement_flags, icc_1, icc_2, interval_texts,
+    mean_squares, rater_biases, rating_codes, stepped_up,
+)
+from .simulated import is_simulated
+from .store import aspect_order, mean_ratings
+
 # %% ../../nbs/ratings/36_raters.ipynb #3441ff1f
 from dataclasses import dataclass
 from html import escape
@@ -351,10 +371,8 @@ def rater_consistency(
 # %% ../../nbs/ratings/36_raters.ipynb #f312294c
 def _thumbnail(root, path, size):
     "An image file as an array of limited size, or None."
-    from PIL import Image
-    try:
-        with Image.open(inside(root, path)) as opened: image = opened.convert("RGB")
-    except (OSError, InputError): return None
+    try: image = open_image(Path(root)/path)
+    except InputError: return None
     image.thumbnail((size, size))
     return np.asarray(image)
 

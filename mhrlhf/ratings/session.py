@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.aspects import ASPECTS, SCALE, Scale
 from ..core.files import InputError
-from .store import ASIDE, RatingStore, StoreError, read_assignment
+from .store import ASIDE, RatingStore, StoreError, rater_name, read_assignment
 
 # %% ../../nbs/ratings/32_session.ipynb #59ac2b26
 def _hash(text, size=8):
@@ -152,7 +152,7 @@ class RatingSession:
         calibration=None,       # DataFrame, see `calibration_items`; shown first
         clock=time.monotonic,   # seconds
     ):
-        self.store, self.rater, self.clock = store, str(rater).strip(), clock
+        self.store, self.rater, self.clock = store, rater_name(rater), clock
         self.marks = answer_keys(store.scale)  # key -> rating
         names = self._asked(aspects, images)
         if assignment is None: items = everything(images, self.rater, names, seed, block)

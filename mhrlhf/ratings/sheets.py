@@ -9,14 +9,14 @@ __all__ = ['SHEET_COLUMNS', 'write_template', 'check_image', 'without_contradict
 # %% ../../nbs/ratings/31_sheets.ipynb #8e8424df
 from dataclasses import replace
 from pathlib import Path
-import csv, re
+import codecs, csv, re
 
 import pandas as pd
 from fastcore.basics import patch
 
 from ..core.aspects import ASPECTS, COLUMNS, NAMES, SCALE, Scale
-from ..core.files import InputError, atomic_path, delimiter_of, inside, read_table
-from .store import OVERALL, REMARK_KINDS, RatingStore, TIDY, parse_rating
+from ..core.files import InputError, atomic_path, decode_text, encoding_of, inside, layout_of, read_table
+from .store import OVERALL, REMARK_KINDS, RatingStore, TIDY, parse_rating, rater_name
 
 # %% ../../nbs/ratings/31_sheets.ipynb #f000d62b
 SHEET_COLUMNS = ("prompt_id", "image_path", *COLUMNS, "rater", "overall_rating", "flag", "note", "prompt")
@@ -29,15 +29,19 @@ def _write_sheet(path, images):
 # %% ../../nbs/ratings/31_sheets.ipynb #ea1a3208
 def _append_to_sheet(path, images):
     old = Path(path).read_bytes()
-    text = old.decode("utf-8-sig")
-    header = text.splitlines()[0]
-    delimiter = delimiter_of(header)
-    columns = [c.strip().lower() for c in next(csv.reader([header], delimiter=delimiter))]
-    rows = images[_FILLED].reindex(columns=columns, fill_value="")
-    line_end = "\r\n" if "\r\n" in text else "\n"
-    new = rows.to_csv(header=False, index=False, sep=delimiter, lineterminator=line_end)
-    between = b"" if old.endswith(b"\n") else b"\n"
-    with atomic_path(path) as p: p.write_bytes(old + between + new.encode())
+    text, encoding = decode_text(path, old), encoding_of(old)
+    layout = layout_of(text)
+    names = next(csv.reader(layout.lines[layout.header:], delimiter=layout.delimiter))
+    rows = images[_FILLED].reindex(columns=[c.strip().lower() for c in names], fill_value="")
+    line_end = next((end for end in ("\r\n", "\n", "\r") if end in text), "\n")
+    new = rows.to_csv(header=False, index=False, sep=layout.delimiter, lineterminator=line_end)
+    between = "" if text.endswith(("\n", "\r")) else line_end
+    big = old.startswith((codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    with atomic_path(path) as p: p.write_bytes(old + (between + new).encode(_without_mark(encoding, big)))
+
+def _without_mark(encoding, big):
+    "The encoding in which text is added to a file that has its byte-order mark."
+    return encoding.removesuffix("-sig") if encoding.startswith("utf-8") else f"{encoding}-{'be' if big else 'le'}"
 
 # %% ../../nbs/ratings/31_sheets.ipynb #f3671f24
 def _clean_path(text): return re.sub(r"^(\./)+", "", str(text).strip().replace("\\", "/"))
@@ -81,6 +85,14 @@ def _without_comment(values, columns):
     return values
 
 # %% ../../nbs/ratings/31_sheets.ipynb #c08c8a0e
+_MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
+_TAKEN_FOR_ANOTHER = re.compile(rf"[\d.,e_+-]+|true|false|({_MONTHS})[a-z]*[-_]?\d+", re.I)  # for a number or a date
+
+def _retyped(written, known, images):
+    "Whether a spreadsheet may have made one id of the other."
+    try: return float(written.replace(",", ".")) == float(known)
+    except ValueError: return bool(_TAKEN_FOR_ANOTHER.fullmatch(known)) and written not in images.values()
+
 def _check_known(path, prompt_id, images):
     "That an image is one of those to be rated, is still there and belongs to its prompt."
     if path not in images:
@@ -88,7 +100,7 @@ def _check_known(path, prompt_id, images):
                                              "or remove the row if the image was deleted")
     if not Path(path).exists():
         raise ValueError("image_path", path, "this image was deleted; restore it, or remove the row")
-    if prompt_id and prompt_id != images[path]:
+    if prompt_id and prompt_id != images[path] and not _retyped(prompt_id, images[path], images):
         raise ValueError("prompt_id", prompt_id, f"this image belongs to prompt_id {images[path]}; "
                                                  "correct one of the two")
 
@@ -101,12 +113,13 @@ def check_image(
     "Which image is meant. `ValueError` holds the faulty column, its value and the reason."
     path = _clean_path(path)
     if not path: raise ValueError("image_path", path, "name the image")
+    if images is not None:
+        _check_known(path, prompt_id, images)
+        return images[path], path
     try: inside(".", path)
     except InputError:
         why = "lies outside the project; write the path as in the images' metadata"
         raise ValueError("image_path", path, why) from None
-    if images is not None: _check_known(path, prompt_id, images)
-    prompt_id = prompt_id or (images or {}).get(path, "")
     if not prompt_id: raise ValueError("prompt_id", prompt_id, "write the prompt's id")
     return prompt_id, path
 
@@ -114,7 +127,7 @@ def check_image(
 def _whose(row, images, rater):
     "The rater, prompt_id and image_path of a row, or a `ValueError` as in `check_image`."
     prompt_id, path = check_image(row["image_path"], row["prompt_id"], images)
-    who = row["rater"] if "rater" in row.values else rater
+    who = rater_name(row["rater"] if "rater" in row.values else rater)
     if not who: raise ValueError("rater", "", "write who rated")
     return dict(rater=who, prompt_id=prompt_id, image_path=path)
 
@@ -217,10 +230,14 @@ def import_sheet(
     path,                  # the filled sheet
     images: dict = None,   # see `read_ratings_csv`
     rater: str = "sheet",  # the rater's name if the sheet has no column for it
+    filled: bool = False,  # whether a sheet without any answer is a fault
 ) -> tuple:                # how many ratings were new or changed, list of faults
     "Store what is new in a sheet: its good rows. Raises `InputError` as `read_ratings_csv` does."
     tidy, faults = read_ratings_csv(path, images, rater, store.scale)
-    return store.add_new(tidy, read_remarks_csv(path, images, rater), "csv"), faults
+    remarks = read_remarks_csv(path, images, rater)
+    if filled and not (len(tidy) or remarks or faults):
+        faults.append(f"{path}: nobody has rated anything in this sheet")
+    return store.add_new(tidy, remarks, "csv"), faults
 
 # %% ../../nbs/ratings/31_sheets.ipynb #ad47f8e1
 def write_ratings_csv(

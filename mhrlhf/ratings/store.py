@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIDY', 'OVERALL', 'RATINGS', 'REMARKS', 'CHOICES', 'ASIDE', 'REMARK_KINDS', 'ASSIGNED', 'project_scale',
-           'parse_rating', 'rubric_version', 'shown_url', 'RatingStore', 'StoreError', 'write_assignment',
-           'read_assignment', 'aspect_order', 'mean_ratings']
+           'parse_number', 'parse_rating', 'rater_name', 'alike', 'rubric_version', 'shown_url', 'RatingStore',
+           'StoreError', 'write_assignment', 'read_assignment', 'aspect_order', 'mean_ratings']
 
 # %% ../../nbs/ratings/30_store.ipynb #aa7f3a79
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-import math, re, time
+import math, re, time, unicodedata
 
 import pandas as pd
 import sqlalchemy as sql
@@ -30,19 +30,47 @@ def project_scale(
     try: return Scale.of(text)
     except ValueError as e: raise InputError(str(e)) from None
 
+_MARKS = str.maketrans({",": ".", "\u066b": ".", "\uff0c": ".", "\uff0e": "."})  # decimal signs: Arabic, full width
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")  # digits of any script
+
+def parse_number(
+    text: str,  # what stands in a cell
+) -> float:
+    "A number as people write it; else `ValueError`."
+    text = text.strip().strip('"\'').strip().translate(_MARKS)
+    if not _NUMBER.fullmatch(text): raise ValueError("a number is needed")
+    return float(text)
+
 def parse_rating(
     text: str,  # what stands in a cell
     scale: Scale = SCALE,  # of the project
 ) -> float:     # None where nothing stands
     "A rating from text; `ValueError` says what is wrong and what to write."
-    text = text.strip().strip('"\'').strip()
-    if not text: return None
-    try: value = float(text.replace(",", "."))
+    if not text.strip(" \t\n\r\"'"): return None
+    try: value = parse_number(text)
     except ValueError: value = math.nan
     if value not in scale:
         raise ValueError(f"a number from {scale.low:g} to {scale.high:g} is needed; "
                          "leave the cell empty if the aspect was not rated")
     return value
+
+# %% ../../nbs/ratings/30_store.ipynb #e017ad94
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))  # soft hyphen, spaces of no width
+
+def rater_name(
+    text: str,  # as it was typed
+) -> str:
+    "A rater's name in its composed form (NFC), with single spaces and without signs that nobody sees."
+    return " ".join(unicodedata.normalize("NFC", str(text)).translate(_INVISIBLE).split())
+
+# %% ../../nbs/ratings/30_store.ipynb #0ef35985
+def alike(
+    names,  # of raters
+) -> list:  # of lists of two names or more
+    "Names that differ in capital letters only."
+    found = {}
+    for name in sorted(set(names)): found.setdefault(name.casefold(), []).append(name)
+    return [group for group in found.values() if len(group) > 1]
 
 # %% ../../nbs/ratings/30_store.ipynb #937ea1df
 TIDY = ("rater", "prompt_id", "image_path", "aspect", "value")  # the columns of every table of ratings
@@ -78,8 +106,16 @@ def shown_url(
     url,    # SQLAlchemy URL, perhaps a faulty one
 ) -> str:
     "A database URL without its password, to be printed."
+    if str(url).startswith("sqlite"): return str(url)
     without_parameter = re.sub(r"(password=)[^&]*", r"\1***", str(url))
     return re.sub(r":(?!//).*@", ":***@", without_parameter)
+
+def _check_password(url):
+    "That a server's URL has one @ only, else `InputError`."
+    begin = str(url).partition("://")[2].split("?")[0]
+    if begin.count("@") > 1:
+        raise InputError(f"database {shown_url(url)!r}: an @, : or / in the user's name or password must be written as "
+                         "%40, %3A or %2F")
 
 # %% ../../nbs/ratings/30_store.ipynb #f590e981
 def _tune_sqlite(patience):
@@ -92,15 +128,25 @@ def _tune_sqlite(patience):
     return tune
 
 # %% ../../nbs/ratings/30_store.ipynb #1fa49ac1
+def _parsed(url):
+    "A URL as SQLAlchemy has it, and whether it names a SQLite file."
+    _check_password(url)
+    parsed = sql.make_url(re.sub("^postgres://", "postgresql+psycopg://", str(url)) if isinstance(url, str) else url)
+    in_a_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+    return (parsed.set(database=str(Path(parsed.database).expanduser())) if in_a_file else parsed), in_a_file
+
 def _connect(url):
     "An engine for a URL; the folder of a SQLite file is made."
-    url = sql.make_url(url)
-    in_a_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    if in_a_file: Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    return sql.create_engine(url, pool_pre_ping=True)
+    parsed, in_a_file = _parsed(url)
+    if in_a_file:
+        folder = Path(parsed.database).parent
+        try: folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise InputError(f"database {shown_url(url)}: no folder {folder} ({e.strerror})") from None
+    return sql.create_engine(parsed, pool_pre_ping=True)
 
 def _engine(url, patience):
     try: engine = _connect(url)
+    except InputError: raise
     except (sql.exc.ArgumentError, ValueError):
         raise InputError(f"database {shown_url(url)!r}: not a database URL; "
                          "use one such as sqlite:///data/annotations/ratings.db") from None
@@ -181,6 +227,10 @@ def _record(row, number, aspects, scale):
     try: found = {c: None if v is None else _TYPES[c](v) for c, v in found.items()}
     except ValueError:
         raise _refused(f"rating {number}: {found}: value, seconds and position must be numbers") from None
+    found["rater"] = rater_name(found["rater"])
+    if not found["rater"]: raise _refused(f"rating {number} has no rater")
+    long = [c for c in _NEEDED if len(found[c]) > _NAME_LENGTH]
+    if long: raise _refused(f"rating {number}: its {long[0]} has more than {_NAME_LENGTH} characters")
     aspect, value = found["aspect"], found["value"]
     if aspect not in aspects: raise _refused(f"no aspect {aspect!r}; there are: {', '.join(aspects)}")
     if value is not None and value not in scale:
@@ -231,7 +281,7 @@ def ratings(self: RatingStore,
 ) -> pd.DataFrame:          # with the `TIDY` columns
     "The ratings that count."
     where = [RATINGS.c.source == source if source else RATINGS.c.source.not_in(ASIDE)]
-    if rater: where.append(RATINGS.c.rater == rater)
+    if rater: where.append(RATINGS.c.rater == rater_name(rater))
     if not overall: where.append(RATINGS.c.aspect != OVERALL)
     with _transaction(self.engine) as c: return pd.read_sql(_newest(RATINGS, where), c)[list(TIDY)]
 
@@ -254,7 +304,7 @@ def last_changes(self: RatingStore,
     aside = sql.case((entry.source.in_(ASIDE), entry.source), else_="")
     before = sql.func.lag(entry.value).over(partition_by=(entry.image_path, entry.aspect, aside), order_by=entry.id)
     shown = entry.id, entry.image_path, entry.aspect, entry.source, entry.value, before.label("before")
-    every = sql.select(*shown).where(entry.rater == rater).subquery()
+    every = sql.select(*shown).where(entry.rater == rater_name(rater)).subquery()
     newest = sql.select(every).where(every.c.source.in_(sources)).order_by(every.c.id.desc()).limit(limit)
     with _transaction(self.engine) as c: found = pd.read_sql(newest, c)[::-1].reset_index(drop=True)
     return found.drop(columns="id").astype(dict(value=float, before=float))
@@ -274,7 +324,7 @@ def remark(self: RatingStore,
 ):
     "Append a remark about an image. Raises `InputError` for another kind."
     if kind not in REMARK_KINDS: raise InputError(f"no remark {kind!r}; there are: {', '.join(REMARK_KINDS)}")
-    entry = dict(rater=rater, prompt_id=prompt_id, image_path=image_path, aspect=kind, value=text or None,
+    entry = dict(rater=rater_name(rater), prompt_id=prompt_id, image_path=image_path, aspect=kind, value=text or None,
                  source=source, session=session, created_at=_now())
     with _transaction(self.engine) as c: c.execute(REMARKS.insert(), [entry])
 
@@ -284,7 +334,7 @@ def remarks(self: RatingStore,
     rater: str = "",  # only this rater's
 ) -> pd.DataFrame:    # rater, prompt_id, image_path, kind, text
     "The remarks that count."
-    where = [REMARKS.c.rater == rater] if rater else []
+    where = [REMARKS.c.rater == rater_name(rater)] if rater else []
     with _transaction(self.engine) as c: found = pd.read_sql(_newest(REMARKS, where), c)
     return found.rename(columns=dict(aspect="kind", value="text"))[["rater", "prompt_id", "image_path", "kind", "text"]]
 
@@ -304,7 +354,7 @@ def _check_assigned(row):
         if not row[column]: raise InputError(row.fault(column, "must not be empty"))
     if row["aspect"] not in NAMES:
         raise InputError(row.fault("aspect", f"no such aspect; there are: {', '.join(NAMES)}"))
-    if not row["block"].isdigit(): raise InputError(row.fault("block", "a whole number is needed"))
+    if not row["block"].isdecimal(): raise InputError(row.fault("block", "a whole number is needed"))
 
 def read_assignment(
     path,           # CSV
@@ -313,6 +363,7 @@ def read_assignment(
     rows = read_table(path, ASSIGNED)
     for row in rows: _check_assigned(row)
     table = pd.DataFrame([{c: row[c] for c in ASSIGNED} for row in rows], columns=list(ASSIGNED))
+    table["rater"] = table.rater.map(rater_name)
     return table.astype(dict.fromkeys(ASSIGNED, str) | dict(block=int))
 
 # %% ../../nbs/ratings/30_store.ipynb #bb1cdcac

@@ -207,7 +207,7 @@ def _check_for_us(folder, info, aspects):
 def _is_sound(name, values, size):
     "Whether these are finite numbers, one per aspect, and not negative where that cannot be."
     try: v = np.asarray(values, float)
-    except (TypeError, ValueError): return False
+    except (TypeError, ValueError, OverflowError): return False
     may_be_negative = name in ("rating_mean", "mean")
     return v.shape == (size,) and np.isfinite(v).all() and (may_be_negative or (v >= 0).all())
 
@@ -223,6 +223,19 @@ def _damage(info):
     coldest = info.get("soft_minimum", 0)
     return None if 0 <= coldest < math.inf else f"soft_minimum = {coldest} must be 0 or above"
 
+# %% ../../nbs/reward/45_model.ipynb #a6c8c71a
+def _are_texts(values): return all(isinstance(v, str) for v in values)
+
+def _misshapen(info):
+    "The first part of a description that is of another kind than it must be; empty if none is."
+    aspects, files = info.get("aspects", []), info.get("files", {})
+    sound = dict(
+        aspects=isinstance(aspects, list) and _are_texts(aspects),
+        files=isinstance(files, dict) and all(isinstance(f, dict) and _are_texts(f.values()) for f in files.values()),
+        backbone=isinstance(info.get("backbone", ""), str), hidden=type(info.get("hidden", 0)) is int,
+        soft_minimum=isinstance(info.get("soft_minimum", 0), (int, float)))
+    return next((name for name, good in sound.items() if not good), "")
+
 # %% ../../nbs/reward/45_model.ipynb #37627031
 def _description(folder, aspects):
     "What `reward_model.json` says of a model for these aspects, checked."
@@ -230,6 +243,7 @@ def _description(folder, aspects):
     if not path.exists(): raise InputError(f"{folder}: no reward model here; train one first (mhrlhf train-reward)")
     info = read_json(path)
     if not isinstance(info, dict): raise InputError(f"{path}: damaged, no description of a model; {RESTORE}")
+    if bad := _misshapen(info): raise InputError(f"{path}: damaged, {bad} = {info[bad]!r:.80}; {RESTORE}")
     _check_for_us(folder, info, aspects)
     if why := _damage(info): raise InputError(f"{path}: damaged, {why}; {RESTORE}")
     return info

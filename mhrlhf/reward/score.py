@@ -13,9 +13,10 @@ import json
 from PIL import Image
 import pandas as pd
 
-from ..core.files import InputError, atomic_path, inside, raise_faults, read_table
+from ..core.files import InputError, atomic_path, raise_faults, read_table
 from ..core.progress import plain_faults
 from ..core.settings import ScoreSettings
+from ..images.pixels import is_image
 from .features import FeatureCache
 from .model import RewardModel
 from .readings import summary
@@ -41,10 +42,10 @@ def kept_prompt(
 # %% ../../nbs/reward/48_score.ipynb #8f0bacea
 def _of_row(row):
     "The item of a row of a CSV. Raises `InputError` for what cannot be rated."
-    try: file = inside(".", row["image_path"])
-    except InputError as e: raise InputError(row.fault("image_path", str(e))) from None
+    file = Path(row["image_path"])
     if not row["prompt"]: raise InputError(row.fault("prompt", "is empty; write what the image was to show"))
-    if file.is_file(): return Item(row["image_path"], row["prompt"], file)
+    if is_image(file): return Item(row["image_path"], row["prompt"], file)
+    if file.is_file(): raise InputError(row.fault("image_path", "not a readable image"))
     raise InputError(row.fault("image_path", "no such image; paths are relative to the folder you are in"))
 
 # %% ../../nbs/reward/48_score.ipynb #d397bfca

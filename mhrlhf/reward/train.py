@@ -22,8 +22,8 @@ import torch
 from ..core.aspects import NAMES
 from ..core.files import InputError, atomic_path, fingerprint, raise_faults, write_json
 from mhrlhf.core.plots import (
-    curves_per_aspect, heat_maps, history_curves, interval_bars, picture_grid, reliability_per_aspect,
-    residuals_per_aspect, save_figure, scatter_per_aspect,
+    curves_per_aspect, heat_maps, interval_bars, picture_grid, reliability_per_aspect, residuals_per_aspect,
+    save_figure, scatter_per_aspect,
 )
 from ..core.progress import Progress, plain_faults
 from ..core.settings import TrainRewardSettings

@@ -170,10 +170,12 @@ def _put_aside(places, mark, show):
     show(dict(line=f"the checkpoints here are of other settings or heads: kept in {kept}, beginning anew"))
 
 _FREE = "minutes", "fresh", "processes", "updates"  # settings that may change when a run goes on
+_PLACES = "output", "reward_model", "backbone"      # where things lie; what lies there is told by its content
 
 def run_mark(settings: TrainDSPOSettings) -> str:
     "Tells runs apart: by their settings and by the heads and pictures that they learn from."
-    told = {k: v for k, v in asdict(settings).items() if k not in _FREE}
+    told = {k: v for k, v in asdict(settings).items() if k not in (*_FREE, *_PLACES)}
+    told |= {k: Path(told[k]).name for k in ("pipeline", "vae") if Path(told[k]).exists()}
     return fingerprint(told, (Path(settings.reward_model) / NOISE_FILE).read_bytes().hex())
 
 # %% ../../nbs/tuning/56_dspo.ipynb #ae425cab

@@ -94,12 +94,12 @@ def targets(run: Tuning, batch: Batch) -> tuple:  # reference and target, (n, c,
     "What the reference says, and what is asked of the model."
     s, n, denoiser = run.settings, batch.anchors, run.denoiser
     noisy, timestep, text = batch.noisy[n:].requires_grad_(), batch.timestep[n:], batch.text[slice(n, None)]
+    weights = torch.as_tensor(run.weights, dtype=torch.float32, device=noisy.device)
     with reference_of(denoiser.unet):
         with torch.no_grad(): kept = denoiser(batch.noisy[:n], batch.timestep[:n], batch.text[slice(n)]) if n else None
         said, features = denoiser.with_features(noisy, timestep, text)
-    weights = torch.as_tensor(run.weights, dtype=torch.float32, device=noisy.device)
-    with torch.enable_grad(): rating = (run.heads(features, timestep) * weights).sum()
-    slope = torch.autograd.grad(rating, noisy)[0]
+        with torch.enable_grad(): rating = (run.heads(features, timestep) * weights).sum()
+        slope = torch.autograd.grad(rating, noisy)[0]  # here: checkpointed blocks are computed again, without adapter
     strength = s.strength / max(s.guidance_scale, 1.)
     wanted = preferred_target(said, slope, denoiser.alpha(timestep), strength)
     together = [said, wanted] if kept is None else [torch.cat([kept, said]), torch.cat([kept, wanted])]
