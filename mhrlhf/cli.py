@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "train-dspo": "step 5: tune the image model so that all aspects rise together",
     "evaluate": "base and tuned model on held-out prompts, with intervals",
     "inference": "images from a tuned model",
+    "next-round": "images of the tuned model to rate next: where the heads are least sure, most for the weakest aspect",
     "monitor": "watch a run in TensorBoard",
     "test-pipeline": "the whole method on the embedded pocket, in ten minutes",
 }
@@ -34,7 +35,12 @@ Images that mhrlhf generate made keep their prompt: mhrlhf score data/images/p00
 
 A list, any CSV with image_path and prompt, paths from this folder: mhrlhf score data/generated.csv
 
-Prints each aspect's rating with its standard error and the composite, best first, and writes them to --output."""}
+Prints each aspect's rating with its standard error and the composite, best first, and writes them to --output.""", "next-round": """
+
+After train-dspo: samples the tuned model on prompts of --prompts, more of them where the aspect that lags behind most
+is rated lowest so far, and lets the heads look at the candidates. Those of which they are least sure join the images
+to rate; the others stay in --output. Then rate them (mhrlhf annotate), and train the heads (mhrlhf train-reward) and
+the model (mhrlhf train-dspo --output outputs/dspo_model_2) again, from the ratings of all rounds."""}
 
 # %% ../nbs/90_cli.ipynb #bc999e9f
 _HELP = """usage: mhrlhf STAGE [--profile NAME] [--variant NAME] [--settings FILE] [options]
