@@ -1561,6 +1561,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mhrlhf.tuning.dspo._plan': ('tuning/dspo.html#_plan', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._put_aside': ('tuning/dspo.html#_put_aside', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._silent': ('tuning/dspo.html#_silent', 'mhrlhf/tuning/dspo.py'),
+                                    'mhrlhf.tuning.dspo._sweep': ('tuning/dspo.html#_sweep', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._work': ('tuning/dspo.html#_work', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo.finish': ('tuning/dspo.html#finish', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo.learn': ('tuning/dspo.html#learn', 'mhrlhf/tuning/dspo.py'),

@@ -35,7 +35,8 @@ Images that mhrlhf generate made keep their prompt: mhrlhf score data/images/p00
 
 A list, any CSV with image_path and prompt, paths from this folder: mhrlhf score data/generated.csv
 
-Prints each aspect's rating with its standard error and the composite, best first, and writes them to --output.""", "next-round": """
+Prints each aspect's rating with its standard error and the composite, best first, and writes them to --output.
+""", "next-round": """
 
 After train-dspo: samples the tuned model on prompts of --prompts, more of them where the aspect that lags behind most
 is rated lowest so far, and lets the heads look at the candidates. Those of which they are least sure join the images

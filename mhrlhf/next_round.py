@@ -7,11 +7,11 @@ __all__ = ['FIRST_SEED', 'AT_ONCE', 'COUNTS', 'KeptLook', 'kept_look', 'rated_lo
            'begin_round', 'candidate_tasks', 'candidate_plan', 'work_in_group', 'sample_candidates', 'score_candidates',
            'telling', 'choose_images', 'take_in', 'round_table', 'contact_sheet', 'next_commands', 'run']
 
-# %% ../nbs/81_next_round.ipynb #566e1832
+# %% ../nbs/81_next_round.ipynb #7e0016f6
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import os, re, textwrap
+import re, textwrap
 
 import numpy as np
 import pandas as pd
