@@ -109,10 +109,12 @@ def driven(tmp_path_factory):
 def test_a_tuning_that_is_killed_ten_times_ends_where_an_undisturbed_one_ends(driven):
     def end(name):
         about = json.loads((driven / name / "dspo.json").read_text())
-        return load_file(driven / name / ADAPTER_FILE), about["history"], about["kept_update"]
-    (adapter, *told), (other, *told_other) = end("undisturbed"), end("disturbed")
-    assert told == told_other and adapter.keys() == other.keys()
-    assert all(torch.equal(adapter[k], other[k]) for k in adapter)
+        files = ADAPTER_FILE, "checkpoints/latest.safetensors", "checkpoints/best.safetensors"
+        return [load_file(driven / name / file) for file in files], about["history"], about["kept_update"]
+    (tensors, *told), (others, *told_other) = end("undisturbed"), end("disturbed")
+    assert told == told_other and len(told[0]) == UPDATES + 1
+    for some, other in zip(tensors, others):
+        assert some.keys() == other.keys() and all(torch.equal(some[k], other[k]) for k in some)
 
 def test_what_was_half_written_is_swept_away(driven):
     names = {p.name for p in (driven / "disturbed/checkpoints").iterdir()}
