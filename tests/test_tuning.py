@@ -23,7 +23,7 @@ from mhrlhf.tuning.adapters import ADAPTER_FILE
 
 KILLS, TORN = 10, {2: 1, 5: 2, 8: 1}  # attempts that are killed; those that end while they write their n-th checkpoint
 LONGEST = 300   # seconds of an attempt that hangs
-PICTURES, UPDATES = 16, 10
+PICTURES, UPDATES = 16, 8
 
 def prepare():
     """Noise-aware heads that have learnt nothing and a few rated pictures in a folder; the pipeline, and the judge in
