@@ -40,7 +40,7 @@ from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 
-from ..core.files import InputError, atomic_path, inside
+from ..core.files import InputError, atomic_path
 from ..core.plots import figure
 from mhrlhf.ratings.agreement import (
     Agreement, CannotTell, Interval, MeanSquares, agreement, disagreement_flags, icc_1, icc_2, interval_texts,
