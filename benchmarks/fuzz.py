@@ -149,7 +149,8 @@ def check_metadata(folder, drawn):
 def plain_answers(entries):
     "(person, image, aspect, value) of JSON exports as far as they are in order, whatever stands beside them."
     for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, dict) or "responses" in entry or not isinstance(entry.get("annotations"), list): continue
+        if not isinstance(entry, dict) or "responses" in entry: continue
+        if not isinstance(entry.get("annotations"), list): continue
         for a in entry["annotations"]:
             if not isinstance(a, dict) or not isinstance(a.get("result"), list): continue
             yield entry, a
@@ -216,9 +217,10 @@ def main():
         except Exception as e: trouble = f"{type(e).__name__}: {e}"
         else: trouble = ""
         name = check.__name__.removeprefix("check_")
-        rows.append(dict(figure=f"faults in {count} drawn inputs: {name}", ours=int(bool(trouble)), goal=0, met=not trouble,
-                         runs=1))
-        print(f"{name:<12} {count} inputs in {time.time() - start:4.0f} s  {trouble or 'no traceback, nothing in silence'}")
+        rows.append(dict(figure=f"faults in {count} drawn inputs: {name}", ours=int(bool(trouble)), goal=0,
+                         met=not trouble, runs=1))
+        found = trouble or "no traceback, nothing in silence"
+        print(f"{name:<12} {count} inputs in {time.time() - start:4.0f} s  {found}")
     print(dict(SEEN), f"{time.time() - began:.0f} s")
     if asked.json: Path(asked.json).write_text(json.dumps(dict(machine={}, rows=rows), indent=1))
     return int(any(not r["met"] for r in rows))

@@ -57,3 +57,55 @@ def test_nothing_of_the_project_is_served_by_name(page_of):
     for path in ("data/generated.csv", "voila/files/data/generated.csv", "voila/files/../generated.csv",
                  "voila/files/rating.ipynb"):
         assert answers(page_of[1] + path) is None, path
+
+# Invited people, on an address that others reach ----------------------------------------------------------------
+
+GUARDED = SERVE.replace("sys.argv[1])", "sys.argv[1]), host='0.0.0.0', invitations='data/invitations.json'")
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    "The panel served to invited people: the study's folder, its address, Ann's and Bob's secrets, the log."
+    from mhrlhf.ratings.app import invite
+    folder, home, port = tmp_path_factory.mktemp("guarded"), tmp_path_factory.mktemp("home"), free_port()
+    make_project(folder)
+    secrets = [invite(folder / "data/invitations.json", name) for name in ("ann", "bob")]
+    command, log = [sys.executable, "-c", GUARDED, str(port)], folder / "page.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(command, cwd=folder, env=at_home(home), stdout=out, stderr=out,
+                                  start_new_session=True)
+    try:
+        wait_for(lambda: "running at" in log.read_text() or server.poll() is not None, 120, log.read_text)
+        yield folder, f"http://127.0.0.1:{port}", secrets, log
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+
+def ask(opener, address):
+    "The status of an answer and its text; redirects are followed."
+    from urllib.error import HTTPError
+    try:
+        with opener.open(address, timeout=120) as answer:
+            return answer.status, answer.url, answer.read().decode("utf-8", "replace")
+    except HTTPError as e: return e.code, e.url, ""
+
+def test_only_invited_people_come_in_and_nothing_else_is_served(guarded):
+    from http.cookiejar import CookieJar
+    from urllib.request import HTTPCookieProcessor, build_opener
+    from mhrlhf.ratings.app import withdraw
+    folder, address, (ann, bob), log = guarded
+    picture = next(folder.glob("data/images/*/*.png")).relative_to(folder)
+    places = ["/voila/files/rating.ipynb", f"/voila/files/{picture}", f"/{picture}", "/voila/render/rating.ipynb",
+              "/voila/files/data/generated.csv", "/api/kernels", "/api/contents", "/voila/tree"]
+    stranger, guest = build_opener(), build_opener(HTTPCookieProcessor(CookieJar()))
+    for query in "", "?rater=ann", "?token=ann", "?token=" + bob[::-1]:
+        assert "/login" in ask(stranger, f"{address}/{query}")[1]
+    for place in places:
+        status, url, _ = ask(stranger, address + place)
+        assert status in (403, 404) or "/login" in url, place
+    status, _, text = ask(guest, f"{address}/?token={ann}&rater=bob")
+    assert status == 200 and "voila" in text.lower() and "invitations.json" not in text
+    for place in places: assert ask(guest, address + place)[0] in (403, 404), place
+    withdraw(folder / "data/invitations.json", "ann")
+    for opener in stranger, guest: assert "/login" in ask(opener, f"{address}/?token={ann}")[1]
+    assert ann not in log.read_text() and bob not in log.read_text()

@@ -48,7 +48,8 @@ def encoding_of(
 # %% ../../nbs/core/01_files.ipynb #13cf588e
 _WRONG_PLACE = {
     FileNotFoundError: "no such file", PermissionError: "may not be read; change its rights",
-    IsADirectoryError: "is a folder, a file is needed", NotADirectoryError: "no such file, for a part of it is no folder",
+    IsADirectoryError: "is a folder, a file is needed",
+    NotADirectoryError: "no such file, for a part of it is no folder",
 }
 
 def read_bytes(

@@ -15,7 +15,9 @@ from PIL import Image, PngImagePlugin
 import numpy as np
 import pandas as pd
 
-from ..core.files import InputError, decode_text, encoding_of, layout_of, parse_table, raise_faults, read_bytes, write_csv
+from mhrlhf.core.files import (
+    InputError, decode_text, encoding_of, layout_of, parse_table, raise_faults, read_bytes, write_csv,
+)
 
 # %% ../../nbs/images/14_metadata.ipynb #e45291b0
 METADATA_COLUMNS = ("prompt_id", "seed", "image_path", "prompt", "genre", "profile", "pipeline", "steps", "guidance",
@@ -72,7 +74,8 @@ def read_metadata(
     failed: bool = False,  # also the rows of images that could not be made
 ) -> pd.DataFrame:         # `METADATA_COLUMNS`; ids and texts as they stand
     "One row per image; of several rows the newest counts. Raises `InputError` for what people did to the file."
-    table = pd.DataFrame([row.values for row in _read_rows(path)], dtype=object).reindex(columns=METADATA_COLUMNS, fill_value="")
+    table = pd.DataFrame([row.values for row in _read_rows(path)], dtype=object)
+    table = table.reindex(columns=METADATA_COLUMNS, fill_value="")
     if not failed: table = table[table.status != "failed"].reset_index(drop=True)
     if table.image_path.duplicated().any(): table = _newest(table)
     for name in _NUMBERS: table[name] = pd.to_numeric(table[name], errors="coerce")

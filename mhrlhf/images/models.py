@@ -106,8 +106,8 @@ def missing_weights(
                           "StableDiffusionXLPipeline.from_pretrained, and save_pretrained writes safetensors")
     if path.is_dir(): return InputError(f"{name}: cannot be loaded, or a part of it is not there: {reason}")
     if path.is_file():
-        return InputError(f"{name}: cannot be loaded as a whole model in one file ({reason:.150}); a folder of the same "
-                          "name beside it may hold the model's configuration (model_index.json and what it names)")
+        return InputError(f"{name}: cannot be loaded as a whole model in one file ({reason:.150}); a folder of the "
+                          "same name beside it may hold the model's configuration (model_index.json and its folders)")
     return InputError(f"weights of {name!r} are not on this machine and cannot be fetched ({type(error).__name__}); "
                       f"download them where there is a network (hf download {name}), copy the folder here and name it, "
                       "or use the profile pocket")
@@ -178,11 +178,11 @@ def check_parts(
         raise InputError(f"{name}: scheduler {scheduler} is one of flow matching, which SDXL is not; "
                          "use a diffusion scheduler such as EulerDiscreteScheduler")
     if unet.in_channels != unet.out_channels:
-        raise InputError(f"{name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, as one for "
-                         "inpainting; name a base model")
+        raise InputError(f"{name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, as one "
+                         "for inpainting; name a base model")
     if vae.latent_channels != unet.in_channels:
-        raise InputError(f"{name}: its VAE's latents have {vae.latent_channels} channels, its UNet's {unet.in_channels}; "
-                         "they do not belong together")
+        raise InputError(f"{name}: its VAE's latents have {vae.latent_channels} channels, its UNet's "
+                         f"{unet.in_channels}; they do not belong together")
 
 # %% ../../nbs/images/10_models.ipynb #9f2ff330
 def load_pipeline(

@@ -64,7 +64,8 @@ def kohya_weights(
     for name, layer in unet.named_modules():
         if not isinstance(layer, BaseTunerLayer) or adapter not in layer.lora_A: continue
         there = f"lora_unet_{original_name(name, unet.config.layers_per_block).replace('.', '_')}"
-        found |= {f"{there}.{k}": v.detach().float().cpu().contiguous() for k, v in _layer_weights(layer, adapter).items()}
+        held = _layer_weights(layer, adapter)
+        found |= {f"{there}.{k}": v.detach().float().cpu().contiguous() for k, v in held.items()}
     return found
 
 # %% ../../nbs/proof/65_export.ipynb #5e5a3946
@@ -76,9 +77,10 @@ def run(
     if file.suffix != ".safetensors": raise InputError(f"{file}: name a file that ends in .safetensors")
     pipe = load_adapter(load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae), settings.model)
     weights = kohya_weights(pipe.unet)
-    with atomic_path(file) as part: save_file(weights, part, metadata=dict(format="pt", ss_network_module="networks.lora"))
+    about = dict(format="pt", ss_network_module="networks.lora")
+    with atomic_path(file) as part: save_file(weights, part, metadata=about)
     layers = len([name for name in weights if name.endswith(".alpha")])
     print(f"{file}: {layers} layers, for ComfyUI, Forge and A1111")
     if any(name.endswith(".dora_scale") for name in weights):
-        print("note: A1111 reads a DoRA's magnitudes in another way and draws other images; ComfyUI and Forge draw these")
+        print("note: A1111 reads a DoRA's magnitudes in another way, and draws other images than ComfyUI and Forge")
     return 0

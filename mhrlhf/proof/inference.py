@@ -25,7 +25,7 @@ from ..images.plan import settings_hash
 from ..images.sampler import sample_images
 from ..reward.noise import load_noise_heads
 from ..reward.weights import weights_by_hand
-from ..tuning.adapters import ADAPTER, ADAPTER_FILE, merged
+from ..tuning.adapters import ADAPTER_FILE, merged
 from ..tuning.guide import guided_by
 
 # %% ../../nbs/proof/60_inference.ipynb #8afa5ba9

@@ -171,7 +171,8 @@ def serve_options(
 ) -> list:
     "Voilà's command line."
     return [str(notebook), "--no-browser", f"--port={port}", f"--Voila.ip={host}", "--Voila.port_retries=0",
-            "--Voila.token=", f"--Voila.root_dir={Path(notebook).parent}", f"--VoilaConfiguration.file_allowlist={_NO_FILE}",
+            "--Voila.token=", f"--Voila.root_dir={Path(notebook).parent}",
+            f"--VoilaConfiguration.file_allowlist={_NO_FILE}",
             f"--MappingKernelManager.cull_interval={_LOOK}", f"--MappingKernelManager.cull_idle_timeout={_IDLE}"]
 
 def page_link(host: str, port: int, secret: str = "") -> str:
@@ -216,7 +217,9 @@ def voila_for_panel(
     Voila.launch_instance(argv=options, **guarded)
 
 # %% ../../nbs/ratings/34_app.ipynb #01b08bf0
-_SERVER = "import sys; from mhrlhf.ratings.app import voila_for_panel; voila_for_panel(sys.argv[2:], sys.argv[1] or None)"
+_SERVER = """import sys
+from mhrlhf.ratings.app import voila_for_panel
+voila_for_panel(sys.argv[2:], sys.argv[1] or None)"""
 
 def serve(
     images,              # metadata CSV
@@ -233,7 +236,8 @@ def serve(
     if assignment and not Path(assignment).exists(): assignment = None
     guarded = "" if host in _LOCAL_HOSTS else str(Path(invitations or "invitations.json").resolve())
     if guarded and not invited(guarded):
-        raise InputError(f"--host {host}: others reach this address, and nobody is invited; --invite ann bob makes links")
+        raise InputError(f"--host {host}: others reach this address, and nobody is invited; "
+                         "make links with --invite ann bob")
     if guarded: options["invitations"] = guarded
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder)/"rating.ipynb"

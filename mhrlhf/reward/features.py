@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIZE_MODES', 'RECIPE', 'GRID', 'LAYERS', 'RESNET_LAYERS', 'READERS', 'KEY_BYTES', 'SUMMARISED', 'Features',
-           'pooled', 'input_size', 'preprocess', 'to_pixels', 'encode_prompts', 'extract', 'extract_arrays',
-           'FeatureCache']
+           'pooled', 'input_size', 'preprocess', 'to_pixels', 'unread_by_heads', 'encode_prompts', 'extract',
+           'extract_arrays', 'FeatureCache']
 
 # %% ../../nbs/reward/40_features.ipynb #45a11912
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +131,25 @@ def _see(visual, x):
     image, maps = _token_maps(visual, x)
     return F.normalize(image, dim=-1), _on_one_grid(maps)
 
+# %% ../../nbs/reward/40_features.ipynb #d84dc6cf
+_FRAME = 2  # tokens: one before a text and one behind it
+
+def unread_by_heads(
+    backbone: Backbone,
+    prompt: str,
+) -> str:  # "" if everything is read
+    "The words at the end of a prompt that the backbone does not read."
+    def ids(text): return backbone.tokenize([text])
+    whole, words = ids(prompt), prompt.split()
+    if len(prompt.encode()) <= whole.shape[1] - _FRAME: return ""  # a token has at least one byte
+    if not ids(f"{prompt} and so on").equal(whole): return ""
+    low, high = 0, len(words)
+    while low < high:  # the fewest words that are read like all of them
+        middle = (low + high) // 2
+        if ids(" ".join(words[:middle])).equal(whole): high = middle
+        else: low = middle + 1
+    return " ".join(words[low:])
+
 # %% ../../nbs/reward/40_features.ipynb #7bba5376
 @torch.no_grad()
 def encode_prompts(
@@ -140,6 +159,9 @@ def encode_prompts(
 ) -> torch.Tensor:     # (n, d), unit length
     "Text embeddings; a text that stands twice is encoded once."
     unique = sorted(set(prompts))
+    for prompt in unique:
+        words = unread_by_heads(backbone, prompt)
+        if words: print(f"warning: the heads do not read the end of a prompt: {words!r}")
     where = {p: i for i, p in enumerate(unique)}
     ids = backbone.tokenize(unique).to(backbone.device)
     text = torch.cat([backbone.model.encode_text(part, normalize=True) for part in ids.split(batch)])
