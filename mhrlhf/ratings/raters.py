@@ -26,7 +26,7 @@ from ..core.plots import figure
 from ..images.pixels import open_image
 from mhrlhf.ratings.agreement import (
     Agreement, CannotTell, Interval, MeanSquares, agreement, disagreement_flags, icc_1, icc_2, interval_texts,
-    mean_squares, rater_biases, rating_codes, stepped_up,
+    mean_squares, rater_biases, rating_codes, step_up, stepped_up,
 )
 from .simulated import is_simulated
 from .store import aspect_order, mean_ratings
