@@ -22,6 +22,7 @@ _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 
     "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
     "raters": 1, "per_image": 1, "sitting": 1,               # the panel
     "folds": 2,                                              # one to learn from, one to check
+    "pictures": 1,                                           # of a contact sheet
     "patience": 1, "rank": 1, "updates": 1,                  # training
     "members": 1, "noise_epochs": 1,                         # noise-aware heads
     "watch_every": 1, "watch_steps": 1, "watched": 2,        # two prompts or more have an interval
@@ -35,19 +36,6 @@ _LARGEST = {  # knob -> the largest number that makes sense; none may be infinit
     "width": 16384, "height": 16384,                         # pixels
     "port": 65535, "panel_port": 65535,                      # TCP
     "seed": 2 ** 63 - 1,                                     # what a generator takes
-}
-_SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
-
-# %% ../../nbs/core/02_settings.ipynb #3ba7d62a
-_SMALLEST = {  # knob -> the least number that makes sense; of all others it is 0
-    "steps": 1, "batch": 1, "cache_every": 1,                # sampling
-    "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
-    "raters": 1, "per_image": 1, "sitting": 1,               # the panel
-    "folds": 2,                                              # one to learn from, one to check
-    "pictures": 1,                                           # of a contact sheet
-    "patience": 1, "rank": 1, "updates": 1,                  # training
-    "members": 1, "noise_epochs": 1,                         # noise-aware heads
-    "watch_every": 1, "watched": 2,                          # two prompts or more have an interval
 }
 _SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
