@@ -327,29 +327,14 @@ class TestPipelineSettings(Settings):
 STAGES = {
     "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
     "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "export": ExportSettings,
-    "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
+    "inference": InferenceSettings, "choose": ChooseSettings, "export": ExportSettings,
+    "monitor": MonitorSettings, "runs": RunsSettings, "report": ReportSettings, "test-pipeline": TestPipelineSettings,
 }
 MODULES = {
     "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
     "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "export": "proof.export", "monitor": "proof.monitor", "test-pipeline": "workflow",
-}
-
-# %% ../../nbs/core/02_settings.ipynb #fbe25965
-STAGES = {
-    "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
-    "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "choose": ChooseSettings, "monitor": MonitorSettings, "runs": RunsSettings,
-    "report": ReportSettings,
-    "test-pipeline": TestPipelineSettings,
-}
-MODULES = {
-    "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
-    "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "choose": "proof.blind", "monitor": "proof.monitor", "runs": "proof.runs",
-    "report": "proof.report",
-    "test-pipeline": "workflow",
+    "inference": "proof.inference", "choose": "proof.blind", "export": "proof.export",
+    "monitor": "proof.monitor", "runs": "proof.runs", "report": "proof.report", "test-pipeline": "workflow",
 }
 
 # %% ../../nbs/core/02_settings.ipynb #9f72a63e
