@@ -1,0 +1,37 @@
+"""How Sphinx draws the site that tools/docs.py stages."""
+from docutils import nodes
+from latex2mathml.converter import convert
+
+project = html_title = "mhrlhf"
+extensions = ["myst_nb", "sphinx_copybutton"]
+
+html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_sphinx = html_show_copyright = html_copy_source = html_show_sourcelink = False
+
+nb_execution_mode = "off"  # what the notebooks show was run and committed
+nb_ipywidgets_js = {}      # nothing is fetched from another host
+nb_merge_streams = True
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+add_module_names = False
+modindex_common_prefix = ["mhrlhf."]
+toc_object_entries_show_parents = "hide"
+python_display_short_literal_types = True
+python_maximum_signature_line_length = 80
+
+# Formulas as MathML, which browsers draw by themselves: no script, and a screen reader can say them.
+
+def inline_math(self, node):
+    self.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+def block_math(self, node):
+    self.body.append(f'<div class="math" tabindex="0">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+html_math_renderer = "mathml"
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
