@@ -11,11 +11,19 @@ PACKAGE = ROOT / "mhrlhf"
 CELL = re.compile(r"^# %% (?:\.\./)*(nbs/\S+\.ipynb) #(\w+)")   # nbdev's mark above what a cell exports
 LONGEST = 88  # characters of a constant's value that are shown
 
-USUAL = {  # words that mean the same in every room
+USUAL = {  # what a word means in every room; a comment beside the parameter comes first
     "seed": "all randomness derives from it", "rng": "where chance comes from", "generator": "where chance comes from",
     "prompt": "the text that the image is made or rated for", "prompt_id": "the prompt's safe name",
-    "image_path": "the image's file, relative to the project's folder", "device": "where the numbers are computed",
-    "folder": "where the files lie", "pipe": "a diffusers pipeline", "show": "called with each line that is to be told",
+    "image_path": "the image's file, relative to the project's folder", "aspects": "names of the aspects",
+    "aspect": "name of the aspect", "column": "a column's name", "name": "what it is called", "stage": "a stage's name",
+    "why": "what is wrong", "folder": "where the files lie", "path": "of the file", "show": "called with each line to be told",
+    "device": "where the numbers are computed", "dtype": "how precisely", "pipe": "a diffusers pipeline",
+    "model": "a torch module", "net": "a torch module", "network": "a torch module", "x": "what goes in",
+    "optimizer": "one of torch's", "weight_decay": "of AdamW", "rank": "of the low-rank matrices",
+    "batch": "how many at a time", "batches": "how many batches", "n": "how many", "members": "how many networks",
+    "rows": "which rows", "every": "steps between two lines", "rate": "how fast", "low": "the lower limit",
+    "high": "the upper limit", "noise": "of the latents' shape", "uncertainty": "how unsure the heads are",
+    "tokens": "size of the vocabulary", "tokenizer": "of the text encoders", "f": "the factors of a scene",
     "options": "handed on", "args": "handed on", "kwargs": "handed on",
 }
 

@@ -7,7 +7,8 @@ extensions = ["myst_nb", "sphinx_copybutton"]
 
 html_theme = "furo"
 html_static_path = ["static"]
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], ["site.js"]
+html_domain_indices = False  # reference/symbols says the same in the order of the rooms
 html_show_sphinx = html_show_copyright = html_copy_source = html_show_sourcelink = False
 
 nb_execution_mode = "off"  # what the notebooks show was run and committed
@@ -15,8 +16,8 @@ nb_ipywidgets_js = {}      # nothing is fetched from another host
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
+myst_ref_domains = ["std", "py"]
 add_module_names = False
-modindex_common_prefix = ["mhrlhf."]
 toc_object_entries_show_parents = "hide"
 python_display_short_literal_types = True
 python_maximum_signature_line_length = 80
@@ -28,7 +29,7 @@ def inline_math(self, node):
     raise nodes.SkipNode
 
 def block_math(self, node):
-    self.body.append(f'<div class="math" tabindex="0">{convert(node.astext(), display="block")}</div>')
+    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
 
 html_math_renderer = "mathml"
