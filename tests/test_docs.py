@@ -1,6 +1,6 @@
-"""The documentation can be made, and what it says exists. `nbdev-docs` runs the exported cells and those with an import,
-and no others; what they use must come from such cells. Commands, options, settings and names in prose are looked up;
-nothing is run. The site itself: tests/test_site.py."""
+"""The documentation can be made, and what it says exists. `nbdev-docs` runs the exported cells and those with an
+import, and no others; what they use must come from such cells. Commands, options, settings and names in prose are
+looked up; nothing is run. The site itself: tests/test_site.py."""
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,8 +106,9 @@ def test_commands_in_prose_are_understood(path, monkeypatch):
 
 @pytest.mark.parametrize("command, good", [
     ("make test", True), ("make tset", False), ('make annotate ARGS="--serve"', True),
-    ('make annotate ARGS="--server x"', False), ("mhrlhf generate --steps 3", True), ("mhrlhf generate --stepps 3", False),
-    ("mhrlhf generat", False), ("mhrlhf train-dspo --objective none", False), ("PROFILE=sdxl mhrlhf generate", True),
+    ('make annotate ARGS="--server x"', False), ("mhrlhf generate --steps 3", True),
+    ("mhrlhf generate --stepps 3", False), ("mhrlhf generat", False),
+    ("mhrlhf train-dspo --objective none", False), ("PROFILE=sdxl mhrlhf generate", True),
     ('python inference.py --model x --prompt "a b"', True), ("python missing.py", False), ("rm -rf x", False),
     ("mhrlhf generate --steps 0", False), ("# a remark", True),
 ])
@@ -140,7 +141,8 @@ def test_python_in_prose_names_what_exists(path):
         for node in ast.walk(tree):
             if not isinstance(node, ast.ImportFrom) or not node.module.startswith("mhrlhf"): continue
             for a in node.names:
-                room, there = _FACE[a.name] if node.module == "mhrlhf" else (node.module.removeprefix("mhrlhf."), a.name)
+                elsewhere = node.module.removeprefix("mhrlhf."), a.name
+                room, there = _FACE[a.name] if node.module == "mhrlhf" else elsewhere
                 found[a.asname or a.name] = reference.symbols()[f"mhrlhf.{room}.{there}"]
         for name, keyword in called(tree, found):
             assert keyword in {p.name for p in found[name].parameters}, f"{name} has no {keyword}"
@@ -162,8 +164,8 @@ def test_every_exported_name_is_in_the_reference():
         assert set(module.exports) <= {s.name for s in module.symbols}, module.name
 
 def test_comments_of_a_signature_are_read():
-    source = ('def f(\n    a: int,  # first\n    # above\n    b="x, y",\n    *, c, d=3,  # both\n    **more,\n) -> int:  # what\n'
-              '    "Text."')
+    source = ('def f(\n    a: int,  # first\n    # above\n    b="x, y",\n    *, c, d=3,  # both\n    **more,\n'
+              ') -> int:  # what\n    "Text."')
     function, said = ast.parse(source).body[0], reference.comments(source)
     found = {p.name: (p.kind, p.default, p.text) for p in reference.parameters(function, said) if p.name}
     assert found == dict(a=("int", "", "first"), b=("", "'x, y'", "above"), c=("", "", "both"), d=("", "3", "both"),

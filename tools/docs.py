@@ -11,7 +11,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from readme import ROOM_PAGES, alternative, listed, notebooks, plain, summary
+from readme import ROOM_PAGES, SECTIONS, alternative, listed, notebooks, plain, summary
 from reference import ROOT, pages, symbols, with_links
 
 NBS, STAGED, SITE = ROOT / "nbs", ROOT / "build/site", ROOT / "_docs"
@@ -47,14 +47,16 @@ def prose_page(path):
     "A page of Markdown as Sphinx reads it; a folder's index has its list as table of contents."
     text = path.read_text(encoding="utf-8")
     made = with_links(led_home(text, path.parent.relative_to(ROOT).as_posix()))
-    return made + toctree(documents(listed(text))) if path.name == "index.md" and path.parent != NBS / "reference" else made
+    leads = path.name == "index.md" and path.parent.name in SECTIONS
+    return made + toctree(documents(listed(text))) if leads else made
 
 # Notebooks
 
 class Shown(FilterDefaults):
     "nbdev's processors but those that run code or hide it: what a notebook exports is what its reader came for."
     left_out = ("FrontmatterProc", "add_show_docs", "exec_show_docs", "clean_show_doc", "rm_export", "add_links",
-                "insert_warning", "add_fold", "mv_exports", "clean_magics")  # the last asks pyproject.toml for each cell
+                "insert_warning", "add_fold", "mv_exports",
+                "clean_magics")  # reads pyproject.toml once for each cell; there are no magics here
 
     def base_procs(self): return [p for p in super().base_procs() if p.__name__ not in self.left_out]
 
@@ -96,7 +98,8 @@ def staged_cells(path):
             text = with_links(led_home(cell.source, path.parent.relative_to(ROOT).as_posix()), module)
             (made if title else title).append(markdown_cell(text, cell.id))
         elif cell.cell_type == "code":
-            if said := exported_by().get((where, cell.id)): made.append(markdown_cell(f"({said[0].source})=", f"{cell.id}-m"))
+            said = exported_by().get((where, cell.id))
+            if said: made.append(markdown_cell(f"({said[0].source})=", f"{cell.id}-m"))
             made.append(code_cell(cell, prose))
     return title + made
 
@@ -121,14 +124,16 @@ def title(path):
     prose = "\n".join(cell.source for cell in read_nb(path).cells if cell.cell_type == "markdown")
     return next(line[2:] for line in prose.splitlines() if line.startswith("# "))
 
+TABLE = ["| notebook | in one line |", "|---|---|"]
+
 def rooms_page():
     "All notebooks, room by room."
-    lines = ["# Rooms", "", "> Seven rooms, each a folder of notebooks. Data flows one way: a notebook builds only on those above it.", ""]
+    lines = ["# Rooms", "", "> Seven rooms, each a folder of notebooks; a notebook builds only on those above it.", ""]
     for room in rooms():
         page = room / "index.ipynb"
-        lines += [f"## [{title(page)}]({room.name}/index.ipynb)", "", summary(page), "", "| notebook | in one line |", "|---|---|"]
+        lines += [f"## [{title(page)}]({room.name}/index.ipynb)", "", summary(page), "", *TABLE]
         lines += [f"| [{title(p)}]({room.name}/{p.name}) | {summary(p)} |" for p in notebooks(room)] + [""]
-    lines += ["## Above all rooms", "", "| notebook | in one line |", "|---|---|"]
+    lines += ["## Above all rooms", "", *TABLE]
     above = notebooks(NBS)
     lines += [f"| [{title(p)}]({p.name}) | {summary(p)} |" for p in above]
     contents = [f"{room.name}/index" for room in rooms()] + [p.stem for p in above]
@@ -170,7 +175,8 @@ def sources():
     made["reference/index.md"] = reference_index()
     made |= {f"reference/{name}": text for name, text in pages().items()}
     for file, page in ELSEWHERE.items():
-        if page.startswith("/about/"): made[page[1:]] = prose_page(ROOT / file) if page.endswith(".md") else (ROOT / file).read_text()
+        if not page.startswith("/about/"): continue
+        made[page[1:]] = prose_page(ROOT / file) if page.endswith(".md") else (ROOT / file).read_text(encoding="utf-8")
     return made
 
 def stage(folder=STAGED):

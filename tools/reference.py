@@ -9,14 +9,14 @@ import ast, io, json, os, re, tokenize
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mhrlhf"
 CELL = re.compile(r"^# %% (?:\.\./)*(nbs/\S+\.ipynb) #(\w+)")   # nbdev's mark above what a cell exports
-LONGEST = 88  # characters of a constant's value that are shown
+LONGEST = 88  # characters of a constant's value that are shown, and of a line of help
 
 USUAL = {  # what a word means in every room; a comment beside the parameter comes first
     "seed": "all randomness derives from it", "rng": "where chance comes from", "generator": "where chance comes from",
     "prompt": "the text that the image is made or rated for", "prompt_id": "the prompt's safe name",
     "image_path": "the image's file, relative to the project's folder", "aspects": "names of the aspects",
     "aspect": "name of the aspect", "column": "a column's name", "name": "what it is called", "stage": "a stage's name",
-    "why": "what is wrong", "folder": "where the files lie", "path": "of the file", "show": "called with each line to be told",
+    "why": "what is wrong", "folder": "where the files lie", "path": "of the file", "show": "is told each line",
     "device": "where the numbers are computed", "dtype": "how precisely", "pipe": "a diffusers pipeline",
     "model": "a torch module", "net": "a torch module", "network": "a torch module", "x": "what goes in",
     "optimizer": "one of torch's", "weight_decay": "of AdamW", "rank": "of the low-rank matrices",
@@ -155,8 +155,8 @@ class Module:
         "A class with its fields or what it is made of, then its public methods."
         start = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         made = parameters(start, self.said) if start else class_fields(node, self.said)
-        own = Symbol(self.name, node.name, "class", ast.get_docstring(node) or "", made, bases=tuple(map(text_of, node.bases)),
-                     **self.place(node.lineno))
+        own = Symbol(self.name, node.name, "class", ast.get_docstring(node) or "", made,
+                     bases=tuple(map(text_of, node.bases)), **self.place(node.lineno))
         inner = [n for n in node.body if isinstance(n, ast.FunctionDef)]
         return [own, *(symbol for n in inner for symbol in self.read_function(n, node.name, "method"))]
 
@@ -241,8 +241,9 @@ def entry(symbol):
     if symbol.role == "property" and symbol.returns: lines += [f":type: {symbol.returns}"]
     if symbol.role == "data": lines += [f":value: {json.dumps(shortened(symbol.value), ensure_ascii=False)}"]
     lines += ["", with_links(symbol.text, symbol.module), ""]
-    if bases := [b for name in symbol.bases for b in kinds_of(name, symbol.module)]: lines += [f"A {' and '.join(bases)}.", ""]
-    lines += [f":param {p.stars.replace('*', '')}{p.name}: {told(p, symbol.module)}" for p in symbol.parameters if p.name]
+    bases = [b for name in symbol.bases for b in kinds_of(name, symbol.module)]
+    if bases: lines += [f"A {' and '.join(bases)}.", ""]
+    lines += [f":param {p.name}: {told(p, symbol.module)}" for p in symbol.parameters if p.name]
     if symbol.given: lines += [f":returns: {with_links(symbol.given, symbol.module)}"]
     lines += ["", f"[source](#{symbol.source})", fence, ""]
     return lines
@@ -258,14 +259,15 @@ def module_page(module):
 
 def symbols_page():
     "All modules, room by room."
-    lines, room = ["# Symbols", "", "> Every public name, module by module, in the order in which they import.", ""], None
+    lines, room = ["# Symbols", "", "> Every public name, module by module, in the order of their imports.", ""], None
     for module in modules():
         first, dot, _ = module.name.partition(".")
         if (first if dot else "top") != room:
             room = first if dot else "top"
             lines += ["", f"## {room}", ""]
         names = [s.name for s in module.symbols if s.role in ("function", "class")]
-        lines += [f"- [{module.name}]({module.name}.md): {module.summary}", "", f"  {' · '.join(f'`{n}`' for n in names)}", ""]
+        named = " · ".join(f"`{name}`" for name in names)
+        lines += [f"- [{module.name}]({module.name}.md): {module.summary}", "", f"  {named}", ""]
     return with_links("\n".join(lines))
 
 # Settings and commands
@@ -275,17 +277,20 @@ def described(kind):
     own = {s.name: s for s in next(m for m in modules() if m.name == "core.settings").symbols}
     return {p.name: p.text for c in reversed(kind.__mro__) if c.__name__ in own for p in own[c.__name__].parameters}
 
-def cell_text(value):
-    return str(value).replace("|", "\\|").replace("\n", " ")
+HEAD = """# Settings
+
+> Every knob of every stage: in settings.ini, on the command line, in Python.
+
+A knob stands in a profile of `settings.ini`, bare (`steps = 30`, for every stage that has it) or with its stage
+(`generate.steps = 30`). The command line overrides it (`mhrlhf generate --steps 30`; `_` is `-` there), and in Python
+`load_settings` does (`load_settings("generate", "sdxl", steps=30)`).
+"""
 
 def settings_page():
     "Every knob of every stage with its default and the profiles that set it."
     from mhrlhf.core.settings import STAGES, load_settings
     profiles = re.findall(r"^\[(\S+)\]", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)[1:]
-    lines = ["# Settings", "", "> Every knob of every stage: in settings.ini, on the command line, in Python.", "",
-             "A knob stands in a profile of `settings.ini`, bare (`steps = 30`, for every stage that has it) or with its",
-             "stage (`generate.steps = 30`); the command line overrides it (`mhrlhf generate --steps 30`), and in Python",
-             "`load_settings` does (`load_settings(\"generate\", \"sdxl\", steps=30)`). On the command line `_` is `-`.", ""]
+    lines = [HEAD]
     for stage, kind in STAGES.items():
         lines += [f"## {stage}", "", (kind.__doc__ or "").strip(), ""]
         texts, plain = described(kind), kind()
@@ -306,9 +311,10 @@ def help_of(stage):
     "What `mhrlhf STAGE --help` prints on a machine without a GPU."
     from mhrlhf.cli import run_stage
     out = io.StringIO()
-    os.environ["COLUMNS"] = "88"
+    os.environ["COLUMNS"] = str(LONGEST)
+    arguments = ["--profile", "pocket", "--settings", str(ROOT / "settings.ini"), "--help"]
     try:
-        with redirect_stdout(out): run_stage(stage, ["--profile", "pocket", "--settings", str(ROOT / "settings.ini"), "--help"])
+        with redirect_stdout(out): run_stage(stage, arguments)
     except SystemExit: pass
     return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
@@ -317,9 +323,9 @@ def commands_page():
     from mhrlhf.cli import DESCRIPTIONS, help_text
     lines = ["# Commands", "", "> `mhrlhf STAGE` and the Makefile, as they explain themselves.", "",
              "## mhrlhf", "", "```text", help_text().strip(), "```", "",
-             "## make", "", "A target runs its stage in `.venv`, which it makes first.", "", "| target | what it does |", "|---|---|"]
+             "## make", "", "A target runs its stage in `.venv`, which it makes first.", ""]
     targets = re.findall(r"^([a-z-]+):.*?## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    lines += [f"| `make {name}` | {cell_text(text)} |" for name, text in targets] + [""]
+    for name, text in targets: lines += [f"`make {name}`", f": {text}", ""]
     for stage in DESCRIPTIONS: lines += [f"## mhrlhf {stage}", "", "```text", help_of(stage), "```", ""]
     return "\n".join(lines)
 
