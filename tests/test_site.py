@@ -15,7 +15,7 @@ import docs, reference  # noqa: E401, E402
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 WIDTHS = 380, 1280  # pixels: a phone, a laptop
-LOOKED_AT = "index", "howto/raters", "core/02_settings", "reference/core.settings", "explain/dspo"
+LOOKED_AT = "index", "howto/raters", "core/02_settings", "reference/core", "explain/dspo"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -105,7 +105,7 @@ def test_a_language_model_finds_every_page(site):
 def test_pages_lead_on_and_names_lead_to_their_source(site):
     text = (site / "core/02_settings.html").read_text(encoding="utf-8")
     assert "next-page" in text and "prev-page" in text
-    entry = (site / "reference/core.settings.html").read_text(encoding="utf-8")
+    entry = (site / "reference/core.html").read_text(encoding="utf-8")
     assert re.search(r'href="\.\./core/02_settings\.html#cell-core-settings-\w+"', entry)
 
 # In a browser
@@ -135,7 +135,7 @@ def tab(browser):
 def address(site, name): return (site / f"{name}.html").resolve().as_uri()
 
 @pytest.mark.parametrize("term, found", [
-    ("neglect guard", "tuning"), ("load_settings", "reference/core.settings"),
+    ("neglect guard", "tuning"), ("load_settings", "reference/core"),
     ("krippendorff", "ratings/35_agreement")])
 def test_search_finds(tab, site, term, found):
     tab.goto(address(site, "search") + f"?q={term}")

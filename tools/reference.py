@@ -248,26 +248,40 @@ def entry(symbol):
     lines += ["", f"[source](#{symbol.source})", fence, ""]
     return lines
 
-def module_page(module):
-    "The page of one module."
+def room_of(module):
+    "The room of a module; `top` for those above all rooms."
+    room, dot, _ = module.name.partition(".")
+    return room if dot else "top"
+
+def rooms():
+    "Room -> its modules."
+    found = {}
+    for module in modules(): found.setdefault(room_of(module), []).append(module)
+    return found
+
+def module_part(module):
+    "One module, on its room's page."
     title = Path(module.notebook).name
-    lines = [f"# {module.name}", "", f"> {module.summary}", "",
-             f"Written in the notebook [{title}](/{module.notebook.removeprefix('nbs/')}).", "",
+    written = f"Written in [{title}](/{module.notebook.removeprefix('nbs/')})."
+    lines = [f"## {module.name}", "", f"{module.summary} {written}", "",
              f":::{{py:module}} mhrlhf.{module.name}", ":::", ""]
     for symbol in module.symbols: lines += entry(symbol)
-    return "\n".join(lines)
+    return lines
+
+def room_page(room, found):
+    "The names of all modules of a room; one page for each module would fill the sidebar."
+    lines = [f"# Room {room}" if room != "top" else "# Above all rooms", "", "> Every public name, module by module.", ""]
+    return "\n".join([*lines, *(line for module in found for line in module_part(module))])
 
 def symbols_page():
     "All modules, room by room."
-    lines, room = ["# Symbols", "", "> Every public name, module by module, in the order of their imports.", ""], None
-    for module in modules():
-        first, dot, _ = module.name.partition(".")
-        if (first if dot else "top") != room:
-            room = first if dot else "top"
-            lines += ["", f"## {room}", ""]
-        names = [s.name for s in module.symbols if s.role in ("function", "class")]
-        named = " · ".join(f"`{name}`" for name in names)
-        lines += [f"- [{module.name}]({module.name}.md): {module.summary}", "", f"  {named}", ""]
+    lines = ["# Symbols", "", "> Every public name, module by module, in the order of their imports.", ""]
+    for room, found in rooms().items():
+        lines += [f"## [{room}]({room}.md)", ""]
+        for module in found:
+            named = " · ".join(f"`{s.name}`" for s in module.symbols if s.role in ("function", "class"))
+            module_link = f"{{py:mod}}`{module.name} <mhrlhf.{module.name}>`"
+            lines += [f"- {module_link}: {module.summary}", "", f"  {named}", ""]
     return with_links("\n".join(lines))
 
 # Settings and commands
@@ -332,4 +346,4 @@ def commands_page():
 def pages():
     "All pages that are made here: name within reference/ -> Markdown."
     made = {"symbols.md": symbols_page(), "settings.md": settings_page(), "commands.md": commands_page()}
-    return made | {f"{module.name}.md": module_page(module) for module in modules()}
+    return made | {f"{room}.md": room_page(room, found) for room, found in rooms().items()}
