@@ -270,7 +270,8 @@ def module_part(module):
 
 def room_page(room, found):
     "The names of all modules of a room; one page for each module would fill the sidebar."
-    lines = [f"# Room {room}" if room != "top" else "# Above all rooms", "", "> Every public name, module by module.", ""]
+    title = "Above all rooms" if room == "top" else f"Room {room}"
+    lines = [f"# {title}", "", "> Every public name, module by module.", ""]
     return "\n".join([*lines, *(line for module in found for line in module_part(module))])
 
 def symbols_page():
