@@ -196,13 +196,14 @@ def build(
     jobs=2,         # processes
 ):
     "Draw the site. A warning is an error, but the site is there to look at."
-    for folder in (out, staged): shutil.rmtree(folder, ignore_errors=True)
+    drawn = staged.with_name("html")  # MyST-NB puts the pictures that it takes out of notebooks beside it
+    for folder in (out, staged, drawn): shutil.rmtree(folder, ignore_errors=True)
     stage(staged)
     command = [sys.executable, "-m", "sphinx", "-c", ROOT / "tools/site", "-j", str(jobs), "-q", "-W", "-E",
-               "-d", out / ".doctrees", staged, out]
+               "-d", staged.with_name("doctrees"), staged, drawn]
     done = subprocess.run(command)
-    shutil.rmtree(out / ".doctrees", ignore_errors=True)
-    (out / "llms.txt").write_text(llms(staged), encoding="utf-8")
+    (drawn / "llms.txt").write_text(llms(staged), encoding="utf-8")
+    shutil.move(drawn, out)
     return done.returncode
 
 # llms.txt

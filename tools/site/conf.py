@@ -20,7 +20,6 @@ myst_ref_domains = ["std", "py"]
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 python_display_short_literal_types = True
-python_maximum_signature_line_length = 80
 
 # Formulas as MathML, which browsers draw by themselves: no script, and a screen reader can say them.
 
