@@ -24,6 +24,9 @@ USUAL = {  # what a word means in every room; a comment beside the parameter com
     "rows": "which rows", "every": "steps between two lines", "rate": "how fast", "low": "the lower limit",
     "high": "the upper limit", "noise": "of the latents' shape", "uncertainty": "how unsure the heads are",
     "tokens": "size of the vocabulary", "tokenizer": "of the text encoders", "f": "the factors of a scene",
+    "text": "to be read", "texts": "the prompts", "images": "the pictures", "title": "what stands above it",
+    "key": "of the keyboard", "rater": "who rates", "count": "how many", "heads": "one for each aspect",
+    "p": "a probability", "parts": "what is measured apart",
     "options": "handed on", "args": "handed on", "kwargs": "handed on",
 }
 

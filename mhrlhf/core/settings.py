@@ -335,33 +335,18 @@ class TestPipelineSettings(Settings):
     seed: int = 0             # of panel, heads and tuning; the images are the same for all
     fresh: bool = False       # start over instead of continuing
 
-# %% ../../nbs/core/02_settings.ipynb #eac67b71
-STAGES = {
-    "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
-    "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "export": ExportSettings,
-    "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
-}
-MODULES = {
-    "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
-    "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "export": "proof.export", "monitor": "proof.monitor", "test-pipeline": "workflow",
-}
-
 # %% ../../nbs/core/02_settings.ipynb #fbe25965
 STAGES = {
     "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
     "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "choose": ChooseSettings, "monitor": MonitorSettings, "runs": RunsSettings,
-    "report": ReportSettings,
-    "test-pipeline": TestPipelineSettings,
+    "inference": InferenceSettings, "export": ExportSettings, "choose": ChooseSettings, "monitor": MonitorSettings,
+    "runs": RunsSettings, "report": ReportSettings, "test-pipeline": TestPipelineSettings,
 }
 MODULES = {
     "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
     "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "choose": "proof.blind", "monitor": "proof.monitor", "runs": "proof.runs",
-    "report": "proof.report",
-    "test-pipeline": "workflow",
+    "inference": "proof.inference", "export": "proof.export", "choose": "proof.blind", "monitor": "proof.monitor",
+    "runs": "proof.runs", "report": "proof.report", "test-pipeline": "workflow",
 }
 
 # %% ../../nbs/core/02_settings.ipynb #9f72a63e
