@@ -171,7 +171,7 @@ def sources():
         if any(part[0] in "._" for part in path.relative_to(NBS).parts) or name in made: continue
         if path.suffix == ".md": made[name] = prose_page(path)
         else: made[name] = room_index(path) if path in ROOM_PAGES else notebook_page(path)
-    made["start.md"] += toctree(["tutorials/01_whole_workflow"])
+    made["start.md"] += toctree([f"tutorials/{p.stem}" for p in notebooks(NBS / "tutorials")])
     made["reference/index.md"] = reference_index()
     made |= {f"reference/{name}": text for name, text in pages().items()}
     for file, page in ELSEWHERE.items():
