@@ -31,6 +31,7 @@ def block_math(self, node):
     self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
 
+suppress_warnings = ["ref.python"]  # a type in a signature whose name two modules have; prose names them in full
 html_math_renderer = "mathml"
 
 def setup(app):
