@@ -10,7 +10,7 @@ UV_HTTP_TIMEOUT ?= 300
 export UV_HTTP_TIMEOUT
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint test-pipeline generate-images-dual generate-images-single annotate train-reward train-dspo \
-        monitor-training evaluate next-round report runs pocket notebooks readme docs requirements clean
+        monitor-training evaluate next-round report runs pocket notebooks readme docs docs-serve requirements clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^##-/ { print "\n" substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-24s%s\n", $$1, $$2 }' Makefile
@@ -77,8 +77,11 @@ notebooks: setup ## run every notebook and save its outputs
 readme: setup ## run nbs/index.ipynb and render README.md from it
 	$(BIN)/nbdev-test nbs/index.ipynb --save && $(BIN)/nbdev-clean --fname nbs/index.ipynb && $(BIN)/python tools/readme.py
 
-docs: setup ## the documentation in _docs; needs Quarto
-	$(BIN)/nbdev-docs
+docs: setup ## the documentation in _docs, from what the notebooks show; nothing is run (nbdev-docs: the same by Quarto)
+	$(BIN)/python tools/docs.py
+
+docs-serve: setup ## show it on this machine, until Ctrl-C
+	$(BIN)/python tools/docs.py --serve
 
 requirements: setup ## requirements.txt anew from pyproject.toml, with the newest versions
 	(sed -n '/^#/p' requirements.txt; $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-annotate --no-header --quiet) > requirements.new && mv requirements.new requirements.txt

@@ -315,10 +315,16 @@ def test_readme_is_in_step_with_the_index():
     done = subprocess.run([sys.executable, ROOT / "tools/readme.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-def test_readme_lists_every_notebook():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [name for name in names(NOTEBOOKS) if f"({name})" not in text and name != "nbs/index.ipynb"]
-    assert not missing, f"{missing}; make readme"
+def test_every_notebook_is_found_from_the_readme():
+    "The README leads to the rooms and to what stands above them, a room's page to its notebooks, a page to tutorials."
+    start = [ROOT / "README.md", *(ROOT / "nbs").glob("*.md"), *(ROOT / "nbs").glob("*/index.ipynb")]
+    texts = {p: prose(p) if p.suffix == ".ipynb" else p.read_text(encoding="utf-8") for p in start}
+    found = {(p.parent / link).resolve() for p, text in texts.items()
+             for link in re.findall(r"\]\(([^)#\s]+\.ipynb)\)", text)}
+    readme = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#\s]+\.ipynb)\)", texts[ROOT / "README.md"])}
+    assert {p.resolve() for p in (ROOT / "nbs").glob("*/index.ipynb")} <= readme
+    missing = [n for n in NOTEBOOKS if n.resolve() not in found and n != ROOT / "nbs/index.ipynb"]
+    assert not missing, f"{names(missing)}; make readme"
 
 def dead_links(text, folder):
     links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text)
@@ -326,6 +332,8 @@ def dead_links(text, folder):
 
 def test_readme_links_lead_somewhere():
     for name in DOCUMENTS: assert dead_links((ROOT / name).read_text(encoding="utf-8"), ROOT) == [], name
+    for page in (ROOT / "nbs").rglob("*.md"):
+        assert dead_links(page.read_text(encoding="utf-8"), page.parent) == [], page
 
 @pytest.mark.parametrize("name", ROOMS[:-1])
 def test_a_rooms_page_shows_its_notebooks_and_names_what_is_there(name):
@@ -349,6 +357,7 @@ def test_documents_name_only_commands_that_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     texts = [source for n in NOTEBOOKS for kind, source in cells(n) if kind == "markdown"]
     texts += [(ROOT / name).read_text(encoding="utf-8") for name in ("settings.ini", *DOCUMENTS)]
+    texts += [page.read_text(encoding="utf-8") for page in (ROOT / "nbs").rglob("*.md")]
     named = {target for text in texts for target in re.findall(r"(?:`|^)make ([a-z][a-z-]+)", text, re.M)}
     assert named and named <= targets, sorted(named - targets)
 

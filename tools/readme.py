@@ -11,19 +11,35 @@ NOTEBOOK, README, IMAGES = ROOT / "nbs/index.ipynb", ROOT / "README.md", ROOT / 
 SIDEBAR = ROOT / "nbs/sidebar.yml"
 ROOM_PAGES = sorted(ROOT.glob("nbs/*/index.ipynb"))
 LIST = "## Its notebooks"
+SECTIONS = ("howto", "explain")  # folders of Markdown, each with an index that lists its pages in order
+LONGEST_ALTERNATIVE = 240       # characters of what a screen reader says of a picture
+LISTED = re.compile(r"^- \[[^\]]*\]\(([^)#:\s]+)\)", re.M)
 LINK = re.compile(r'(\]\(|src="|href=")(?![a-z]+:|#|/)([^)"\s]+)')
 
 def from_root(text):
     "Links that start in nbs/ made to start in the project's folder."
     return LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), text)
 
-def output(cell, number, out, pictures):
+def plain(text):
+    "A line of Markdown as a screen reader should say it."
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return " ".join(re.sub(r"[`*$\"\n|<>{}\\]+", " ", text).split())
+
+def alternative(prose, code):
+    "What a picture shows: what is said above it, and the call that drew it."
+    lines = [line for line in prose.splitlines() if line and not line.startswith(("#", ">", "|", "```", "- "))]
+    said, calls = plain(" ".join(lines)), re.findall(r"\b([a-z]\w+)\(", code.split("\n")[-1])
+    if len(said) > LONGEST_ALTERNATIVE: said = said[-LONGEST_ALTERNATIVE:].split(". ", 1)[-1]
+    said = said.rstrip(".:") or "Picture"
+    return f"{said} ({calls[0]})" if calls else said
+
+def output(cell, prose, number, out, pictures):
     "One saved output as Markdown; its picture, if it is one, is added to `pictures`."
     data = {kind: "".join(value) for kind, value in out.get("data", {}).items()}
     if "image/png" in data:
         name = f"index-{cell.id}-{number}.png"
         pictures[name] = base64.b64decode(data["image/png"])
-        return f"![]({posixpath.join('nbs/images', name)})"
+        return f"![{alternative(prose, cell.source)}]({posixpath.join('nbs/images', name)})"
     if "text/markdown" in data: return from_root(data["text/markdown"])
     text = data.get("text/plain") or "".join(out.get("text", ""))
     return f"```text\n{text.strip()}\n```"
@@ -45,9 +61,20 @@ def room_page(page):
         if cell["source"][0].strip() == LIST: cell["source"] = "\n".join(lines).splitlines(keepends=True)
     return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"  # as nbdev-clean writes it
 
+def listed(text):
+    "The pages that a page lists, in order."
+    return LISTED.findall(text)
+
+def section(name):
+    "A folder of Markdown in Quarto's sidebar."
+    pages = listed((ROOT / f"nbs/{name}/index.md").read_text(encoding="utf-8"))
+    lines = [f"      - section: {name}", f"        href: {name}/index.md", "        contents:"]
+    return lines + [f"          - {name}/{page}" for page in pages]
+
 def sidebar():
     "Quarto's sidebar: the rooms by their numbers, then what stands above them; nbdev's own goes by the alphabet."
-    lines = ["website:", "  sidebar:", "    contents:", "      - index.ipynb"]
+    lines = ["website:", "  sidebar:", "    contents:", "      - index.ipynb", "      - start.md"]
+    for name in SECTIONS: lines += section(name)
     rooms = sorted((page.parent for page in ROOM_PAGES), key=lambda room: notebooks(room)[0].name)
     for room in [*rooms, ROOT / "nbs", ROOT / "nbs/tutorials"]:
         name = room.relative_to(ROOT / "nbs").as_posix()
@@ -55,19 +82,21 @@ def sidebar():
         else: lines += [f"      - section: {'top' if name == '.' else name}"]
         lines += ["        contents:"]
         lines += [f"          - {p.relative_to(ROOT / 'nbs').as_posix()}" for p in notebooks(room)]
+    lines += section("reference")
     return "\n".join(lines) + "\n"
 
 def render():
     "The README's text and its pictures, name -> bytes."
-    parts, pictures = [], {}
+    parts, pictures, prose = [], {}, ""
     for cell in read_nb(NOTEBOOK).cells:
         if "hide" in cell.directives: continue
         if cell.cell_type == "markdown":
-            parts.append(from_root(cell.source))
+            prose = cell.source
+            parts.append(from_root(prose))
             continue
         code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
         if cell.directives.get("echo") != "false": parts.append(f"```python\n{code}\n```")
-        parts += [output(cell, number, out, pictures) for number, out in enumerate(cell.outputs)]
+        parts += [output(cell, prose, number, out, pictures) for number, out in enumerate(cell.outputs)]
     return "\n\n".join(part.strip() for part in parts) + "\n", pictures
 
 def files():

@@ -25,11 +25,11 @@ class Recipe:
     clip_steps: tuple = (9500, 4000)  # of 96 scenes with captions: with their words, then with their factors too
     bank: int = 6400             # scenes that went through autoencoder and UNet, for judge and backbone
     vae_steps: tuple = (3200, 5500, 5600)  # of 16 fresh scenes; each round with its own schedule
-    vae_channels: tuple = (32, 64, 96)
+    vae_channels: tuple = (32, 64, 96)  # of the autoencoder, level by level
     scenes: int = 24000          # cached latents for the UNet
     unet_steps: tuple = (5500, 2600, 2000)  # of 32 latents; each round with its own schedule
-    unet_channels: tuple = (64, 128)
-    unet_layers: int = 1
+    unet_channels: tuple = (64, 128)    # of the UNet, level by level
+    unet_layers: int = 1                # residual blocks a level
     tiny_steps: int = 4000       # of 32 cached latents, for the decoder of previews
     vocabulary: int = 8192       # tokens kept of CLIP's byte-pair encoding
 

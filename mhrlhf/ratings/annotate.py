@@ -117,7 +117,7 @@ def read_uncertainty(
 ) -> pd.DataFrame:  # image_path × aspect, NaN where empty
     "How unsure a reward model is. Raises `InputError` that names the first bad cell."
     rows = read_table(path, ("image_path",))
-    columns = {n: c for n in NAMES for c in (f"{n}_uncertainty", n) if rows and c in rows[0].values}
+    columns = {n: c for n in NAMES for c in (n, f"{n}_uncertainty") if rows and c in rows[0].values}
     if not columns:
         raise InputError(f"{path}:1: no column {NAMES[0]}_uncertainty or the like; "
                          "there must be one for each aspect whose uncertainty is known")
