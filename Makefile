@@ -10,7 +10,7 @@ UV_HTTP_TIMEOUT ?= 300
 export UV_HTTP_TIMEOUT
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint test-pipeline generate-images-dual generate-images-single annotate train-reward train-dspo \
-        monitor-training evaluate report runs pocket notebooks readme docs requirements clean
+        monitor-training evaluate next-round report runs pocket notebooks readme docs requirements clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^##-/ { print "\n" substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-24s%s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ train-dspo: setup ## step 5: tune the image model so that all aspects rise toget
 
 evaluate: setup ## base and tuned model on held-out prompts, with intervals
 	$(MHRLHF) evaluate $(ARGS)
+
+next-round: setup ## after a tuning: images of the tuned model to rate next, where ratings tell most
+	$(MHRLHF) next-round $(ARGS)
 
 monitor-training: setup ## watch a run in TensorBoard
 	$(MHRLHF) monitor $(ARGS)

@@ -23,6 +23,7 @@ DESCRIPTIONS = {
     "inference": "images from a tuned model",
     "choose": "blind comparison: people choose between two images, sides by lot",
     "export": "a tuned model for other programs: ComfyUI, A1111",
+    "next-round": "images of the tuned model to rate next: where the heads are least sure, most for the weakest aspect",
     "monitor": "watch a run in TensorBoard",
     "runs": "what runs there are, and what differs between two of them",
     "report": "one HTML file about a run, from the raters to the tuned model",
@@ -38,7 +39,13 @@ Images that mhrlhf generate made keep their prompt: mhrlhf score data/images/p00
 
 A list, any CSV with image_path and prompt, paths from this folder: mhrlhf score data/generated.csv
 
-Prints each aspect's rating with its standard error and the composite, best first, and writes them to --output."""}
+Prints each aspect's rating with its standard error and the composite, best first, and writes them to --output.
+""", "next-round": """
+
+After train-dspo: samples the tuned model on prompts of --prompts, more of them where the aspect that lags behind most
+is rated lowest so far, and lets the heads look at the candidates. Those of which they are least sure join the images
+to rate; the others stay in --output. Then rate them (mhrlhf annotate), and train the heads (mhrlhf train-reward) and
+the model (mhrlhf train-dspo --output outputs/dspo_model_2) again, from the ratings of all rounds."""}
 
 # %% ../nbs/90_cli.ipynb #bc999e9f
 _HELP = """usage: mhrlhf STAGE [--profile NAME] [--variant NAME] [--settings FILE] [options]

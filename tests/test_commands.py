@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 MHRLHF = Path(sys.executable).parent / "mhrlhf"
 TARGETS = {"generate-images-dual": "generate", "generate-images-single": "generate", "annotate": "annotate",
            "train-reward": "train-reward", "train-dspo": "train-dspo", "monitor-training": "monitor",
-           "evaluate": "evaluate", "report": "report", "runs": "runs", "test-pipeline": "test-pipeline"}
+           "evaluate": "evaluate", "next-round": "next-round", "report": "report", "runs": "runs",
+           "test-pipeline": "test-pipeline"}
 LEFT_OUT = ("PYTHONPATH", "PROFILE", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in LEFT_OUT} | {"COLUMNS": "200"}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'MODULES', 'Settings', 'PipelineSettings', 'SamplingSettings', 'GenerateSettings', 'AnnotateSettings',
            'TrainRewardSettings', 'ScoreSettings', 'TrainDSPOSettings', 'EvaluateSettings', 'InferenceSettings',
-           'ExportSettings', 'MonitorSettings', 'ChooseSettings', 'RunsSettings', 'ReportSettings',
+           'NextRoundSettings', 'ExportSettings', 'MonitorSettings', 'ChooseSettings', 'RunsSettings', 'ReportSettings',
            'TestPipelineSettings', 'profile_values', 'load_settings', 'choose_profile', 'profile_variant']
 
 # %% ../../nbs/core/02_settings.ipynb #0cb7d443
@@ -20,34 +20,23 @@ from .files import InputError, raise_faults, read_text
 _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 0
     "steps": 1, "batch": 1, "cache_every": 1,                # sampling
     "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
+    "asked": 1, "candidates": 1, "per_prompt": 1, "keep": 1,  # of the next round
     "raters": 1, "per_image": 1, "sitting": 1,               # the panel
     "folds": 2,                                              # one to learn from, one to check
+    "pictures": 1,                                           # of a contact sheet
     "patience": 1, "rank": 1, "updates": 1,                  # training
     "members": 1, "noise_epochs": 1,                         # noise-aware heads
     "watch_every": 1, "watch_steps": 1, "watched": 2,        # two prompts or more have an interval
     "icc": .01,                                              # raters of no agreement have infinite noise
 }
 _LARGEST = {  # knob -> the largest number that makes sense; none may be infinite
-    "guidance_until": 1, "repeats": 1, "icc": 1,             # shares
+    "guidance_until": 1, "repeats": 1, "icc": 1, "weak_share": 1,  # shares
     "dropout": .95, "anchor": .95,                           # shares of which something must be left
     "steps": 1000, "watch_steps": 1000,                      # noise levels of a schedule
     "min_timestep": 999, "max_timestep": 999,                # the last of them
     "width": 16384, "height": 16384,                         # pixels
     "port": 65535, "panel_port": 65535,                      # TCP
     "seed": 2 ** 63 - 1,                                     # what a generator takes
-}
-_SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
-
-# %% ../../nbs/core/02_settings.ipynb #3ba7d62a
-_SMALLEST = {  # knob -> the least number that makes sense; of all others it is 0
-    "steps": 1, "batch": 1, "cache_every": 1,                # sampling
-    "seeds": 1, "count": 1, "processes": 1,                  # how many images, how many workers
-    "raters": 1, "per_image": 1, "sitting": 1,               # the panel
-    "folds": 2,                                              # one to learn from, one to check
-    "pictures": 1,                                           # of a contact sheet
-    "patience": 1, "rank": 1, "updates": 1,                  # training
-    "members": 1, "noise_epochs": 1,                         # noise-aware heads
-    "watch_every": 1, "watched": 2,                          # two prompts or more have an interval
 }
 _SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
@@ -269,6 +258,28 @@ class InferenceSettings(SamplingSettings):
     reward_model: Path = Path("outputs/multihead_reward_model")  # whose noise-aware heads guide
     output: Path = Path("outputs/inference")   # folder written
 
+# %% ../../nbs/core/02_settings.ipynb #eb519e83
+@dataclass(frozen=True)
+class NextRoundSettings(SamplingSettings):
+    "After a tuning: images of the tuned model to rate next, chosen where ratings tell most."
+    model: Path = Path("outputs/dspo_model")      # folder of the tuned model
+    reward_model: Path = Path("outputs/multihead_reward_model")  # folder of step 4, whose heads choose
+    # folder of the reward model's OpenCLIP, if it lies elsewhere than where the heads were trained
+    backbone: str = ""
+    prompts: Path = Path("data/prompts.csv")      # CSV with prompt_id, prompt and optionally genre
+    images: Path = Path("data/images")            # folder; the chosen images join it as <prompt_id>/<seed>.png
+    metadata: Path = Path("data/generated.csv")   # CSV of the images so far; the chosen ones are appended
+    output: Path = Path("outputs/next_round")     # folder written: candidates, round.csv, contact sheet
+    asked: int = 100          # prompts of the round
+    # share of these prompts where the aspect that lags behind most is rated lowest; the others by chance
+    weak_share: float = 0.5
+    candidates: int = 4       # images sampled for each of these prompts, by seeds that no image has
+    per_prompt: int = 2       # of them chosen, at most
+    keep: int = 150           # images chosen in all, at most
+    processes: int = 1        # that share the sampling; one per GPU
+    profile: str = ""         # the section these settings come from; noted in the metadata
+    seed: int = 0             # of the prompts that chance chooses
+
 # %% ../../nbs/core/02_settings.ipynb #6e900974
 @dataclass(frozen=True)
 class ExportSettings(PipelineSettings):
@@ -339,29 +350,14 @@ class TestPipelineSettings(Settings):
 STAGES = {
     "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
     "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "export": ExportSettings,
-    "monitor": MonitorSettings, "test-pipeline": TestPipelineSettings,
+    "inference": InferenceSettings, "choose": ChooseSettings, "export": ExportSettings, "next-round": NextRoundSettings,
+    "monitor": MonitorSettings, "runs": RunsSettings, "report": ReportSettings, "test-pipeline": TestPipelineSettings,
 }
 MODULES = {
     "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
     "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "export": "proof.export", "monitor": "proof.monitor", "test-pipeline": "workflow",
-}
-
-# %% ../../nbs/core/02_settings.ipynb #fbe25965
-STAGES = {
-    "generate": GenerateSettings, "annotate": AnnotateSettings, "train-reward": TrainRewardSettings,
-    "score": ScoreSettings, "train-dspo": TrainDSPOSettings, "evaluate": EvaluateSettings,
-    "inference": InferenceSettings, "choose": ChooseSettings, "monitor": MonitorSettings, "runs": RunsSettings,
-    "report": ReportSettings,
-    "test-pipeline": TestPipelineSettings,
-}
-MODULES = {
-    "generate": "images.generate", "annotate": "ratings.annotate", "train-reward": "reward.train",
-    "score": "reward.score", "train-dspo": "tuning.dspo", "evaluate": "proof.evaluate",
-    "inference": "proof.inference", "choose": "proof.blind", "monitor": "proof.monitor", "runs": "proof.runs",
-    "report": "proof.report",
-    "test-pipeline": "workflow",
+    "inference": "proof.inference", "choose": "proof.blind", "export": "proof.export", "next-round": "next_round",
+    "monitor": "proof.monitor", "runs": "proof.runs", "report": "proof.report", "test-pipeline": "workflow",
 }
 
 # %% ../../nbs/core/02_settings.ipynb #9f72a63e

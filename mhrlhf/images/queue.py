@@ -7,6 +7,7 @@ __all__ = ['PATIENCE', 'missing_images', 'sweep_parts', 'Queue', 'leave', 'Write
 
 # %% ../../nbs/images/15_queue.ipynb #912d4381
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 import os, time
 
 from fastcore.basics import patch
@@ -201,6 +202,7 @@ def work(
     rank: int = 0,   # of this worker
     world: int = 1,  # workers
     show=None,       # called by worker 0 with a dict of figures
+    within=nullcontext,  # given the pipeline, a block in which it samples: such as one with an adapter in force
 ):
     "Take batches from the queue until it is empty."
     say = _speaker(rank, show)
@@ -208,7 +210,7 @@ def work(
     queue, began, slowest = Queue(store, len(tasks), sampler.batch), time.time(), 0.
     common = plan.common | dict(device=str(sampler.device), worker=rank)
     show = show if rank == 0 else None
-    with Writer(plan.metadata) as writer:
+    with within(sampler.pipe), Writer(plan.metadata) as writer:
         while batch := [tasks[i] for i in queue.claim()]:
             sound, seconds = _make(sampler, batch, queue.exhausted(), writer, common)
             slowest = max(slowest, seconds)

@@ -26,24 +26,6 @@ from ..core.plots import figure
 from ..images.pixels import open_image
 from mhrlhf.ratings.agreement import (
     Agreement, CannotTell, Interval, MeanSquares, agreement, disagreement_flags, icc_1, icc_2, interval_texts,
-    mean_squares, rater_biases, rating_codes, stepped_up,
-)
-from .simulated import is_simulated
-from .store import aspect_order, mean_ratings
-
-# %% ../../nbs/ratings/36_raters.ipynb #3441ff1f
-from dataclasses import dataclass
-from html import escape
-import base64, io, math, textwrap
-
-from fastcore.basics import patch
-import numpy as np
-import pandas as pd
-
-from ..core.files import InputError, atomic_path
-from ..core.plots import figure
-from mhrlhf.ratings.agreement import (
-    Agreement, CannotTell, Interval, MeanSquares, agreement, disagreement_flags, icc_1, icc_2, interval_texts,
     mean_squares, rater_biases, rating_codes, step_up, stepped_up,
 )
 from .simulated import is_simulated

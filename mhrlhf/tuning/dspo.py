@@ -131,8 +131,8 @@ def learn(
                 show(_bar(run, state, began))
                 continue
             show(dict(line=_look_line(run, state)))
+            if guard.take(run.history[-1]): checkpoint("best.safetensors")  # first: a run goes on from the latest
             checkpoint("latest.safetensors")
-            if guard.take(run.history[-1]): checkpoint("best.safetensors")
             if trouble := guard.trouble(state["uncertainty"]):
                 why = f"{trouble}; back to the best checkpoint"
                 break
@@ -156,6 +156,7 @@ def resume(
     "Go on from the latest checkpoint if it is of the same settings; else begin, and keep what another run left."
     places, note = folder / "checkpoints", folder / "checkpoints" / "run.json"
     latest, old = places / "latest.safetensors", read_json(note).get("mark", "") if note.exists() else ""
+    if run.team.rank == 0: _sweep(places)
     same = run.team.agree(not fresh and latest.exists() and old == mark, run.denoiser.device)
     if same: load_checkpoint(run, latest)
     elif run.team.rank == 0:
@@ -163,6 +164,10 @@ def resume(
         for path in (latest, places / "best.safetensors"): path.unlink(missing_ok=True)
         write_json(note, dict(mark=mark))
     return same
+
+def _sweep(places):
+    "Remove what a crash left of checkpoints that were being written."
+    for part in places.glob(".*.safetensors"): part.unlink()
 
 def _put_aside(places, mark, show):
     kept = places.with_name(f"checkpoints-{mark[:8] or 'unknown'}-{time.strftime('%Y%m%d-%H%M%S')}")
