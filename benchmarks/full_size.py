@@ -531,12 +531,12 @@ SETTINGS = """[shapes]
 pipeline = {pipeline}
 backbone = {backbone}
 device = cpu
-dtype = bfloat16
-steps = 2
+dtype = {dtype}
+steps = {steps}
 guidance_scale = 5.0
 width = {side}
 height = {side}
-batch = 4
+batch = 8
 prompts = prompts.csv
 generate.seeds = {seeds}
 metadata = generated.csv
@@ -575,7 +575,8 @@ def prepare_study(folder, side, thin):
         table = pd.DataFrame(dict(prompt_id=[f"{name[0]}{i}" for i in range(len(prompts))], prompt=prompts))
         table.to_csv(folder / f"{name}.csv", index=False)
     seeds = -(-40 // len(PROMPTS))  # 40 images are the fewest of which heads are learned
-    settings = SETTINGS.format(pipeline=pipeline.absolute(), backbone=backbone.absolute(), side=side, seeds=seeds)
+    how = dict(dtype="float32", steps=1) if thin else dict(dtype="bfloat16", steps=2)  # bfloat16 is slow on most CPUs
+    settings = SETTINGS.format(pipeline=pipeline.absolute(), backbone=backbone.absolute(), side=side, seeds=seeds, **how)
     (folder / "settings.ini").write_text(settings)
 
 def rate_at_random(sheet="sheet.csv"):
@@ -594,17 +595,18 @@ def workflow_commands():
             ["inference", "--prompt", PROMPTS[0], "--strength", "0.5"]]
 
 CHOSEN = ["--profile", "shapes", "--settings", "settings.ini"]
+MHRLHF = [sys.executable, "-c", "import sys; from mhrlhf.cli import main; sys.exit(main())"]
 
 def peak_of(command, log):
     "Run a command; its exit code and the most memory that it held, in GB."
-    process = subprocess.Popen([sys.executable, "-m", "mhrlhf.cli", *command, *CHOSEN], stdout=log, stderr=log)
+    process = subprocess.Popen([*MHRLHF, *command, *CHOSEN], stdout=log, stderr=log)
     _, status, used = os.wait4(process.pid, 0)
     return os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024 / GB
 
 def measure_cpu(report, options):
     "The workflow's commands, each in a process of its own."
     describe(report, torch.device("cpu"))
-    side = options.side if options.side != LARGE else 64 if options.thin else 256
+    side = options.side if options.side != LARGE else 32 if options.thin else 256
     prepare_study(options.folder, side, options.thin)
     os.chdir(options.folder)
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)

@@ -10,7 +10,7 @@ __all__ = ['CLIP_VOCABULARY', 'THIN', 'THIN_GROUPS', 'ABOUT', 'read_shape', 'thi
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-import json, os, shutil
+import os, shutil
 
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -102,7 +102,8 @@ def full_backbone(
 ) -> Backbone:           # as `load_backbone` gives it
     "ViT-L/14 with random weights, in memory."
     shape = _clip_configuration(thin)
-    with _made_as(torch.float32, device, seed): model = open_clip.CLIP(**shape["model_cfg"]).eval().requires_grad_(False)
+    with _made_as(torch.float32, device, seed): model = open_clip.CLIP(**shape["model_cfg"])
+    model.eval().requires_grad_(False)
     model.visual.preprocess_cfg = dict(open_clip.transform.PreprocessCfg(**shape["preprocess_cfg"]).__dict__)
     return Backbone("ViT-L-14, random weights", model, None, open_clip.SimpleTokenizer(), f"random weights {seed}")
 

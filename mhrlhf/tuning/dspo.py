@@ -24,11 +24,12 @@ from ..core.plots import heat_maps, history_curves, save_figure
 from ..core.progress import Progress, plain_faults
 from ..core.settings import TrainDSPOSettings
 from ..images.denoiser import Denoiser
+from ..images.memory import GB, estimate_update
 from ..images.models import load_pipeline
 from ..images.sampler import Sampling
 from ..reward.model import RewardModel
 from ..reward.noise import NOISE_FILE, load_noise_heads, load_rated
-from .adapters import save_adapter
+from .adapters import add_adapter, save_adapter
 from .balance import Gains, doubtful, neglected, worst_share
 from .loop import Tuning, load_checkpoint, save_checkpoint, start, tune
 from .watch import Watch
@@ -83,7 +84,19 @@ def _plan(run):
     processes = f"{run.team.world} process{'es' * (run.team.world > 1)}"
     return (f"tuning {s.pipeline} with {s.objective}, {s.balance} balance, {s.adapter} of rank {s.rank} "
             f"({parameters:,} parameters), {processes}: {s.updates} updates on {len(run.rated)} rated pictures of "
-            f"{len(run.rated.prompts)} prompts, {len(run.watch.prompts)} prompts watched")
+            f"{len(run.rated.prompts)} prompts, {len(run.watch.prompts)} prompts watched{_memory(run)}")
+
+def _memory(run):
+    "A line on what an update will need of the GPU's memory, and what is free; \"\" on a CPU."
+    s, unet, device = run.settings, run.denoiser.unet, run.denoiser.device
+    if device.type != "cuda": return ""
+    def adapt(copy): return add_adapter(copy, s.adapter, s.rank, s.layers)
+    own, size = len(run.team.deal(s.batch)), run.rated.latents.shape[-2:]
+    with torch.random.fork_rng([device]): need = estimate_update(unet, adapt, own, *size, unet.dtype)
+    free = torch.cuda.mem_get_info(device)[0] / GB
+    held = torch.cuda.memory_allocated(device) / GB
+    note = f"\nmemory: {held:.1f} GB are loaded, an update will need about {need:.1f} GB, {free:.1f} GB are free"
+    return note if need <= free else note + "; that will hardly do: a smaller --batch or --rank, or --adapter lora"
 
 # %% ../../nbs/tuning/56_dspo.ipynb #f19555b4
 class Guard:

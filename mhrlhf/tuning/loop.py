@@ -139,11 +139,12 @@ def pair_loss(run: Tuning) -> tuple:  # loss, predictions minus the reference's 
     timestep = torch.randint(0, s.max_timestep + 1, (len(rows),), generator=generator)
     noise = torch.randn((len(rows), *run.rated.latents.shape[1:]), generator=generator)
     mine, share = run.team.deal(len(rows)), run.team.share(len(rows)).to(denoiser.device)
-    rows, at, noise = rows[mine], timestep[mine].to(denoiser.device), noise[mine].to(denoiser.device)
-    def ask(r): return denoiser.noised(run.rated.latents[r].to(denoiser.device), at, noise), at, run.rated.texts(r)
-    given = [ask(r) for r in rows.T]
-    with torch.no_grad(), reference_of(denoiser.unet): reference = torch.stack([denoiser(*g) for g in given])
-    policy = torch.stack([denoiser(*g) for g in given])
+    both, noise = rows[mine].T.flatten(), noise[mine].to(denoiser.device)  # all better ones, then all worse ones
+    at = timestep[mine].repeat(2).to(denoiser.device)
+    noisy = denoiser.noised(run.rated.latents[both].to(denoiser.device), at, noise.repeat(2, 1, 1, 1))
+    def ask(): return denoiser(noisy, at, run.rated.texts(both)).unflatten(0, (2, -1))  # (2, n, c, h, w)
+    with torch.no_grad(), reference_of(denoiser.unet): reference = ask()
+    policy = ask()
     return (PAIR_OBJECTIVES[s.objective](Pair(policy, reference, noise), s.beta) * share).sum(), policy - reference
 
 # %% ../../nbs/tuning/55_loop.ipynb #547b551b
