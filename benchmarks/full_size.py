@@ -576,7 +576,8 @@ def prepare_study(folder, side, thin):
         table.to_csv(folder / f"{name}.csv", index=False)
     seeds = -(-40 // len(PROMPTS))  # 40 images are the fewest of which heads are learned
     how = dict(dtype="float32", steps=1) if thin else dict(dtype="bfloat16", steps=2)  # bfloat16 is slow on most CPUs
-    settings = SETTINGS.format(pipeline=pipeline.absolute(), backbone=backbone.absolute(), side=side, seeds=seeds, **how)
+    places = dict(pipeline=pipeline.absolute(), backbone=backbone.absolute())
+    settings = SETTINGS.format(side=side, seeds=seeds, **places, **how)
     (folder / "settings.ini").write_text(settings)
 
 def rate_at_random(sheet="sheet.csv"):

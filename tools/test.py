@@ -12,7 +12,7 @@ PHASES = {  # the last one's closing line ends the run
     "types": [BIN / "mypy"],
     "house": [*PYTEST, "tests/test_house.py"],
     "notebooks": [BIN / "nbdev-test", "--n-workers", WORKERS, "--timing"],
-    "tests": [*PYTEST, "-n", WORKERS, "--dist", "loadfile", "--durations", "5", "tests", "--ignore", "tests/test_house.py"],
+    "tests": [*PYTEST, *f"-n {WORKERS} --dist loadfile --durations 9 tests --ignore tests/test_house.py".split()],
 }
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -9,7 +9,7 @@ __all__ = ['BlindPanel', 'BlindApp', 'settings_pairs', 'app', 'results', 'run']
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-import json, os, subprocess, tempfile
+import json, os, tempfile
 
 import ipywidgets
 import pandas as pd
@@ -23,7 +23,7 @@ from mhrlhf.proof.choices import (
     evaluation_pairs, image_pairs, inattentive, write_choices,
 )
 from .compare import win_text
-from ..ratings.app import serve_command, visitor_name
+from ..ratings.app import LOCAL_HOSTS, page_link, serve_page, visitor_name
 from ..ratings.panel import PATIENCE, KeyListener
 from ..ratings.store import OVERALL, RatingStore, shown_url
 
@@ -173,6 +173,7 @@ def app(settings: ChooseSettings) -> BlindApp:
 def _serve(settings):
     "Serve the page until Ctrl-C; the exit code of the server."
     if not find_spec("voila"): raise InputError("Voilà is not installed; pip install voila")
+    if settings.host not in LOCAL_HOSTS: raise InputError(_only_here(settings.host))
     settings_pairs(settings)
     source = _PAGE.format(root=str(Path.cwd()), settings=repr(settings).replace("PosixPath", "Path"))
     cell = dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=source)
@@ -181,10 +182,14 @@ def _serve(settings):
         notebook = Path(folder) / "choose.ipynb"
         page = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
         notebook.write_text(json.dumps(page))
-        command, link = serve_command(notebook, settings.host, settings.panel_port)
+        link = page_link(settings.host, settings.panel_port)
         print(f"the blind comparison: {link} (Ctrl-C ends it; everything is stored in {shown_url(settings.database)})",
               flush=True)
-        return subprocess.run(command).returncode
+        return serve_page(notebook, settings.host, settings.panel_port)
+
+def _only_here(host):
+    return (f"--host {host}: others reach this address, and this page asks for a name only; leave --host out, and let "
+            "people come through a tunnel such as ssh -L")
 
 # %% ../../nbs/proof/67_blind.ipynb #498f08cb
 def _still_there(choices):

@@ -422,6 +422,7 @@ def teach_noise_heads(
     "Train the noise-aware heads on rated pictures and write them beside the model."
     pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
     denoiser, pictures = Denoiser(pipe), [read_image(path) for path in rated.paths]
+    show(dict(line="rated pictures and their copies become latents"))
     known = rated_latents(denoiser, model, pictures, rated.prompts, settings.copies, settings.seed)
     folds, n = known.prompt % settings.members, len(pictures)
     generator = torch.Generator().manual_seed(settings.seed)
