@@ -38,7 +38,7 @@ from .tuning.adapters import ADAPTER_FILE, merged
 @dataclass(frozen=True)
 class KeptLook:
     "What the heads said of a tuned model when it was kept."
-    update: int
+    update: int   # after which it was kept
     gains: dict   # aspect -> gain, in standard deviations of the base
     shares: dict  # aspect -> gain as a share of what the aspect can reach
 
@@ -248,7 +248,7 @@ def telling(
 
 def choose_images(
     scores: pd.DataFrame,  # of `telling`
-    per_prompt: int,
+    per_prompt: int,       # at most
     keep: int,             # in all
 ) -> pd.DataFrame:         # the same rows, what tells most first, with a column kept
     "The images to rate next."

@@ -3,6 +3,7 @@
 Afterwards the same command completes it."""
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 import csv, errno, os, random, signal, subprocess, sys, tempfile, time
 
 import numpy as np
@@ -99,7 +100,9 @@ def test_an_evaluation_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     command = ["evaluate", "--profile", "pocket", *map(str, COMMAND[4:6]),
                "--prompts", str(ROOT/"data/prompts_heldout.csv"), "--output"]
     def full(*a): raise OSError(errno.ENOSPC, "No space left on device", "a.png")
-    for name in ("load_pipeline", "load_adapter", "base_folder"): monkeypatch.setattr(evaluate, name, lambda *a: None)
+    loaded = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(sample_size=8)), vae_scale_factor=8)
+    for name in ("load_pipeline", "load_adapter"): monkeypatch.setattr(evaluate, name, lambda *a: loaded)
+    monkeypatch.setattr(evaluate, "base_folder", lambda *a: None)
     monkeypatch.setattr(evaluate, "evaluate_pipeline", full)
     (tmp_path/"file").write_text("kept")
     assert main([*command, str(tmp_path/"file")]) == 2
@@ -170,7 +173,8 @@ def test_a_disk_that_fills_up_while_a_row_is_written(tmp_path, loaded, monkeypat
         assert_whole(settings)
     torn = tmp_path/"torn.csv"
     torn.write_bytes(b"prompt_id,se")
-    append_rows(torn, [dict.fromkeys(METADATA_COLUMNS, "") | dict(image_path="a.png")])
+    row = dict(prompt_id="p", image_path="a.png", prompt="a fox")
+    append_rows(torn, [dict.fromkeys(METADATA_COLUMNS, "") | row])
     assert list(read_metadata(torn).image_path) == ["a.png"]
 
 def test_a_folder_that_is_read_only(tmp_path, loaded, monkeypatch):

@@ -12,7 +12,7 @@ from mhrlhf.core.files import InputError
 from mhrlhf.core.settings import AnnotateSettings
 from mhrlhf.ratings import annotate, app
 from mhrlhf.ratings.session import RatingSession
-from mhrlhf.ratings.store import RatingStore, StoreError
+from mhrlhf.ratings.store import RatingStore
 
 WRITER = """
 import sys
@@ -139,7 +139,7 @@ def test_answers_wait_while_the_server_is_away(postgres):
     finally: postgres.start()
     assert ann.retry() and ann.message == "saved"
     too_long = dict(rater="a" * 600, prompt_id="p", image_path="p.png", aspect="style", value=7)
-    with pytest.raises(StoreError, match="nothing of this was stored"): RatingStore(postgres.url).add([too_long])
+    with pytest.raises(InputError, match="nothing was stored"): RatingStore(postgres.url).add([too_long])
     assert RatingStore(postgres.url).ratings().value.tolist() == [7, 8, 6]
 
 def test_no_message_shows_the_password(postgres, tmp_path, monkeypatch, capsys):
