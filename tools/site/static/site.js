@@ -1,5 +1,6 @@
 // What scrolls can be reached by keyboard, too.
-window.addEventListener("load", () => {
+function reachable() {
   for (const part of document.querySelectorAll("pre, .table-wrapper, .output, .math, .sig"))
-    if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
-});
+    if (part.scrollWidth > part.clientWidth || part.scrollHeight > part.clientHeight) part.tabIndex = 0;
+}
+for (const moment of ["load", "resize"]) window.addEventListener(moment, reachable);
