@@ -16,7 +16,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^##-/ { print "\n" substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-24s%s\n", $$1, $$2 }' Makefile
 
 ##- everything on the embedded pocket
-test-pipeline: setup ## the whole method on the embedded pocket, in ten minutes on two cores
+test-pipeline: setup ## the whole method on the embedded pocket, in ten to twenty minutes on two cores
 	$(MHRLHF) test-pipeline $(ARGS)
 
 ##- the steps, on any profile

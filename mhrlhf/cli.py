@@ -27,7 +27,7 @@ DESCRIPTIONS = {
     "monitor": "watch a run in TensorBoard",
     "runs": "what runs there are, and what differs between two of them",
     "report": "one HTML file about a run, from the raters to the tuned model",
-    "test-pipeline": "the whole method on the embedded pocket, in ten minutes",
+    "test-pipeline": "the whole method on the embedded pocket, in ten to twenty minutes",
 }
 
 # %% ../nbs/90_cli.ipynb #a066fdfd

@@ -335,7 +335,7 @@ class ReportSettings(Settings):
 # %% ../../nbs/core/02_settings.ipynb #8a1e2743
 @dataclass(frozen=True)
 class TestPipelineSettings(Settings):
-    "The whole method on the pocket in ten minutes."
+    "The whole method on the pocket in ten to twenty minutes on two cores."
     output: Path = Path("outputs/test_pipeline")  # folder written; everything the run makes lies in it
     prompts: int = 600        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
