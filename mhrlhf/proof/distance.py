@@ -41,6 +41,6 @@ def plot_by_distance(
     for name, label in (("heads", "the heads, which steered it"), ("judge", f"the {judged_by}")):
         ax.errorbar(table.distance, table[name], yerr=table[f"{name}_error"], marker="o", capsize=3, label=label)
     ax.axhline(0, color="0.8", lw=1, zorder=0)
-    ax.set(xlabel="distance from the base (1 - cosine of features)", ylabel="composite's gain (base sd)")
+    ax.set(xlabel="distance from the base (1 - cosine)", ylabel="composite's gain (base sd)")
     ax.legend(fontsize=7)
     return fig
