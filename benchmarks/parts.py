@@ -4,12 +4,13 @@ python benchmarks/parts.py --run outputs/test_pipeline [--updates 80] [--parts d
 
 --run is the folder of a finished test-pipeline. Every part tunes in a process of its own with one thread; then the
 judge compares 64 development prompts, on which settings may be chosen, with the model before tuning. The parts named
-in HEADS first train noise-aware heads of their own."""
+in HEADS first train noise-aware heads of their own, those in SIZES a whole reward model from fewer rated images."""
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import argparse, json, os, platform, sys, time
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -24,12 +25,17 @@ PARTS = {  # name -> title, settings that differ from the profile's
     "all-levels": ("all noise levels", dict(min_timestep=20)),
     "ratings": ("heads from the panel's ratings alone, no copies", {}),
     "no-copies": ("heads from the labels of the heads on CLIP, no copies", {}),
+    "images-100": ("100 rated images instead of all", {}),
+    "images-200": ("200 rated images", {}),
+    "images-400": ("400 rated images", {}),
+    "images-800": ("800 rated images", {}),
     "lora": ("LoRA instead of DoRA", dict(adapter="lora")),
     "dpo": ("Diffusion-DPO on pairs", dict(objective="dpo", lr=1e-3)),
     "dspo-pairs": ("DSPO on pairs", dict(objective="dspo-pairs", lr=1e-3)),
     "sft": ("supervised on the better ones", dict(objective="sft", lr=1e-3)),
 }
 HEADS = "ratings", "no-copies"
+SIZES = {f"images-{n}": n for n in (100, 200, 400, 800)}
 
 def standardised_ratings(run):
     "The panel's mean ratings of the rated pictures, in standard deviations. (n, aspects)"
@@ -56,28 +62,46 @@ def own_heads(tuning, ratings):
     for _ in fit_noise_heads(heads, draws, known.ratings, known.weights, known.prompt % s.members, s.noise_epochs): pass
     return heads
 
+def fewer_images(run, count, folder):
+    "A reward model from the first so many rated images; its folder."
+    from mhrlhf.core.settings import load_settings
+    from mhrlhf.images.metadata import read_metadata
+    from mhrlhf.reward.train import run as train_reward
+    folder.mkdir(parents=True)
+    read_metadata(run/"generated.csv").head(count).to_csv(folder/"generated.csv", index=False)
+    train_reward(load_settings("train-reward", "pocket", metadata=folder/"generated.csv", output=folder/"reward",
+                               cache=run/"features", database=f"sqlite:///{run/'ratings.db'}"))
+    return folder/"reward"
+
+def prepared(run, name, updates, folder):
+    "A tuning before its first update, with what the part changes."
+    import torch
+    from mhrlhf.core.group import Team
+    from mhrlhf.core.settings import load_settings
+    from mhrlhf.tuning.dspo import prepare
+    model = fewer_images(run, SIZES[name], folder) if name in SIZES else run/"multihead_reward_model"
+    settings = load_settings("train-dspo", "pocket", reward_model=model, updates=updates, **PARTS[name][1])
+    tuning = prepare(settings, torch.device("cpu"), Team())
+    if name in HEADS: tuning.heads = own_heads(tuning, standardised_ratings(run) if name == "ratings" else None)
+    return tuning
+
 def trial(run, updates, name):
     "Tune with one thing changed, and ask the judge."
     import torch
-    from mhrlhf.core.group import Team
     from mhrlhf.core.prompts import read_prompts
     from mhrlhf.core.settings import load_settings
     from mhrlhf.proof.evaluate import evaluate_pipeline
-    from mhrlhf.tuning.dspo import prepare
     from mhrlhf.tuning.loop import tune
-    os.chdir(ROOT)
+    os.chdir(run.parent.parent)  # to which the images' paths are relative
     torch.set_num_threads(1)
-    title, changes = PARTS[name]
-    where = dict(reward_model=run/"multihead_reward_model", updates=updates)
-    tuning = prepare(load_settings("train-dspo", "pocket", **where | changes), torch.device("cpu"), Team())
     began = time.process_time()
-    if name in HEADS: tuning.heads = own_heads(tuning, standardised_ratings(run) if name == "ratings" else None)
+    with TemporaryDirectory() as folder: tuning = prepared(run, name, updates, Path(folder)/"fewer")
     for _ in tune(tuning): pass
-    seconds, prompts = time.process_time() - began, read_prompts("data/prompts_dev.csv", PROMPTS)
+    seconds, prompts = time.process_time() - began, read_prompts(ROOT/"data/prompts_dev.csv", PROMPTS)
     judged = evaluate_pipeline(tuning.denoiser.pipe, prompts, load_settings("evaluate", "pocket"),
                                show=lambda figures: None)
     row = judged.table.loc["composite"]
-    return dict(part=title, **judged.table.gain.drop("composite").round(2), composite=round(row.gain, 2),
+    return dict(part=PARTS[name][0], **judged.table.gain.drop("composite").round(2), composite=round(row.gain, 2),
                 win=round(row.win, 3), win_low=round(row.win_low, 3), win_high=round(row.win_high, 3),
                 seconds=round(seconds))
 

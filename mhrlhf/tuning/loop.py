@@ -148,13 +148,13 @@ def pair_loss(run: Tuning) -> tuple:  # loss, predictions minus the reference's 
     return (PAIR_OBJECTIVES[s.objective](Pair(policy, reference, noise), s.beta) * share).sum(), policy - reference
 
 # %% ../../nbs/tuning/55_loop.ipynb #547b551b
-LAST_RATE = .05   # of the learning rate, at the end
+LAST_RATE = .4    # of the learning rate, at the end: in a longer fall the gains fall as well
 LONGEST = 1.      # norm to which a gradient is cut
 
 def step(run: Tuning) -> dict:  # loss, change (mean square), gradient (norm)
     "One update of the adapter."
     s, pairs = run.settings, run.settings.objective in PAIR_OBJECTIVES
-    for group in run.optimizer.param_groups: group["lr"] = s.lr * max(LAST_RATE, 1 - run.update / s.updates)
+    for group in run.optimizer.param_groups: group["lr"] = s.lr * (1 - (1 - LAST_RATE) * run.update / s.updates)
     loss, change = pair_loss(run) if pairs else dspo_loss(run)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
