@@ -39,7 +39,7 @@ from ..reward.features import FeatureCache, read_image
 from ..reward.model import RewardModel
 from ..reward.noise import unet_identity
 from ..reward.readings import summary
-from ..tuning.adapters import ADAPTER_FILE
+from ..tuning.adapters import ADAPTER_FILE, merged, reference_of
 
 # %% ../../nbs/proof/62_evaluate.ipynb #86fd9007
 @dataclass
@@ -313,10 +313,8 @@ def evaluate_pipeline(
         return how(pipe, [p.prompt for p in pairs], seeds, settings, team, report, *more)
     try:
         with one_thread(settings.device):
-            tuned = sample(_sample, 0)
-            pipe.unet.disable_adapters()
-            try: base = sample(_base, n, kept) if kept else sample(_sample, n)
-            finally: pipe.unet.enable_adapters()
+            with merged(pipe.unet): tuned = sample(_sample, 0)
+            with reference_of(pipe.unet): base = sample(_base, n, kept) if kept else sample(_sample, n)
     finally:
         if not show: bar.close()
     return None if team.rank else judged(base, tuned, pairs, settings)
