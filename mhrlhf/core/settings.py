@@ -340,7 +340,7 @@ class TestPipelineSettings(Settings):
     prompts: int = 600        # prompts that get rated images
     raters: int = 4           # of the SIMULATED panel
     heldout: int = 208        # prompts of the evaluation
-    updates: int = 200        # of the tuning
+    updates: int = 120        # of the tuning
     minutes: float = 10.      # of the tuning, at most
     processes: int = 2        # that generate, tune and evaluate
     seed: int = 0             # of panel, heads and tuning; the images are the same for all

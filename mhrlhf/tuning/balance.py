@@ -60,7 +60,7 @@ def shares(
 
 # %% ../../nbs/tuning/51_balance.ipynb #62b21235
 RATE = 1.      # change of a weight for a share that lags by one
-LOWEST = .25   # of a weight: nobody is left out
+LOWEST = .4    # of a weight: nobody is left out
 HIGHEST = 2.5  # of a weight
 
 def follow(

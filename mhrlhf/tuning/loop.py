@@ -148,7 +148,7 @@ def pair_loss(run: Tuning) -> tuple:  # loss, predictions minus the reference's 
     return (PAIR_OBJECTIVES[s.objective](Pair(policy, reference, noise), s.beta) * share).sum(), policy - reference
 
 # %% ../../nbs/tuning/55_loop.ipynb #547b551b
-LAST_RATE = .4    # of the learning rate, at the end: in a longer fall the gains fall as well
+LAST_RATE = .5    # of the learning rate, at the end: in a longer fall the gains fall as well
 LONGEST = 1.      # norm to which a gradient is cut
 
 def step(run: Tuning) -> dict:  # loss, change (mean square), gradient (norm)
