@@ -1,5 +1,4 @@
 """The report and the blind comparison as people meet them: a real browser; the panel served by a real Voilà."""
-from contextlib import contextmanager
 from pathlib import Path
 import os, signal, sqlite3, statistics, subprocess, sys, time
 
@@ -7,9 +6,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("voila", reason="voila is not installed: pip install -e '.[dev]'")
-from test_panel_browser import CHROMIUM, NO_CHROMIUM, at_home, free_port, playwright, shot, wait_for
+from browser import needs_browser, opened
+from test_panel_browser import at_home, free_port, shot, wait_for
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+pytestmark = needs_browser
 PAIRS = 8
 SERVE = """
 import sys
@@ -32,15 +32,6 @@ def study(tmp_path_factory):
     prompts = [Prompt(f"p{i}", f.caption, "even" if i % 2 else "odd") for i, f in enumerate(truth)]
     write_evaluation(judged(noisy, scenes, prompts, EvaluateSettings(reward_model=folder)), folder / "evaluation")
     return folder
-
-@contextmanager
-def opened():
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=dict(width=1280, height=900))
-        page.set_default_timeout(120_000)
-        yield page
-        browser.close()
 
 def test_the_report_is_one_file_that_asks_no_host(study):
     from mhrlhf.core.settings import ReportSettings
