@@ -191,7 +191,7 @@ def _checked(aspect, value, scale, few_stars):
 
 def _why_few(value, scale):
     return (f"value {value!r}: stars, of which none in this file is above {_USUAL_STARS}, on a scale of {scale}: "
-            f"give the <Rating> maxRating=\"{scale.high:g}\", or the project the scale of its stars, such as --scale 1-5")
+            f"give the <Rating> maxRating=\"{scale.high:g}\", or the project the scale of its stars (--scale 1-5)")
 
 def _answers(path, annotation, who, faults, scale, few_stars):
     "The good answers of an annotation; the others become faults."
