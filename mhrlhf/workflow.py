@@ -45,7 +45,7 @@ def stage_settings(
 
 # %% ../nbs/80_workflow.ipynb #b575fefe
 # seconds on two cores
-SHARES = {"generate": 240, "annotate": 8, "train-reward": 100, "train-dspo": 150, "evaluate": 90}
+SHARES = {"generate": 240, "annotate": 8, "train-reward": 100, "train-dspo": 110, "evaluate": 90}
 
 def _minutes(seconds):
     minutes, rest = divmod(int(seconds), 60)

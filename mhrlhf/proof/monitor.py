@@ -171,8 +171,7 @@ def grid(self: RunView):  # a figure; None if no pictures were kept
 
 # %% ../../nbs/proof/63_monitor.ipynb #57e4787c
 def _image_html(fig, about):
-    "A figure inside a page; empty for None."
-    if fig is None: return ""
+    "A figure inside a page."
     out = io.BytesIO()
     fig.savefig(out, format="png")
     return f"<img alt='{escape(about)}' src='data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}'>"

@@ -95,8 +95,8 @@ def decoded(
     latents: Tensor,  # (n, c, h, w)
 ) -> list:            # n arrays (h, w, 3) uint8
     "Latents as pictures, clamped to what a picture can hold."
-    parts = [denoiser.pixels(part).clamp(0, 1) * 255 for part in latents.split(PICTURES_AT_ONCE)]
-    return [picture for part in parts for picture in part.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+    def pixels(part): return (denoiser.pixels(part).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return [picture for part in latents.split(PICTURES_AT_ONCE) for picture in pixels(part).cpu().numpy()]
 
 def score_pictures(
     reward,
@@ -121,7 +121,7 @@ def kept_folder(
     return Path(folder) / LOOKS / f"{update:06}"
 
 def keep_pictures(
-    pictures: dict,  # row -> (h, w, 3) uint8, of `Seen`
+    pictures: dict,  # prompt's row -> (h, w, 3) uint8, of `Seen`
     prompts: list,  # texts of all watched prompts
     folder,         # of the run
     update: int,    # of the look
