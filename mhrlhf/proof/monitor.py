@@ -165,9 +165,11 @@ def grid(self: RunView):  # a figure; None if no pictures were kept
     if not kept: return None
     shown = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, _ROWS).round().astype(int))]
     looks = [kept_pictures(self.folder, update) for update in shown]
-    width, lines = _TITLE
-    titles = ["\n".join(textwrap.wrap(prompt, width)[:lines]) for prompt in looks[0][1][:_COLUMNS]]
-    return picture_grid([pictures[:_COLUMNS] for pictures, _ in looks], [f"update {u}" for u in shown], titles)
+    prompts, (width, lines) = looks[0][1], _TITLE
+    columns = np.linspace(0, len(prompts) - 1, min(_COLUMNS, len(prompts))).round().astype(int)  # spread over all
+    titles = ["\n".join(textwrap.wrap(prompts[i], width)[:lines]) for i in columns]
+    return picture_grid([[pictures[i] for i in columns] for pictures, _ in looks],
+                        [f"update {u}" for u in shown], titles)
 
 # %% ../../nbs/proof/63_monitor.ipynb #57e4787c
 def _image_html(fig, about):

@@ -227,7 +227,7 @@ def _agreement(run):
     s = run.settings
     if s.objective in PAIR_OBJECTIVES: return []
     few = replace(run, settings=replace(s, batch=min(s.batch, PULLED_AT)))
-    return cosines(pulls(few).cpu().numpy()).round(3).tolist()
+    return cosines(pulls(few).double().cpu().numpy()).round(3).tolist()
 
 def look(run: Tuning) -> dict:  # gains (`Gains`), share, weights, uncertainty, cosines, pictures
     "Sample the watched prompts, compare with the base, and let the weights follow."
