@@ -113,10 +113,10 @@ def press(page, folder, key):
     wait_for(lambda: len(stored(folder)) > before)
     return time.perf_counter() - start
 
-def shot(page, name):
-    "Keep a picture where MHRLHF_SCREENSHOTS says."
+def shot(page, name, part=".mhrlhf-panel"):
+    "Keep a picture of a part of the page where MHRLHF_SCREENSHOTS says."
     if folder := os.environ.get("MHRLHF_SCREENSHOTS"):
-        page.locator(".mhrlhf-panel").screenshot(path=str(Path(folder) / name))
+        page.locator(part).screenshot(path=str(Path(folder) / name))
 
 def status(page): return page.locator(".mhrlhf-panel [role=status]").inner_text()
 

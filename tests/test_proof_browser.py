@@ -57,7 +57,7 @@ def test_the_report_is_one_file_that_asks_no_host(study):
         assert all(url.startswith(("file:", "data:")) for url in asked) and not said, (asked, said)
         assert page.locator("h2").first.inner_text() == "What was asked"
         assert page.evaluate("document.documentElement.scrollWidth <= 1280"), "wider than the window"
-        shot(page, "report.png")
+        shot(page, "report.png", "body")
 
 @pytest.fixture(scope="module")
 def page_of(study, tmp_path_factory):
