@@ -4,11 +4,12 @@ import os, signal, subprocess, sys
 import pytest
 
 pytest.importorskip("voila", reason="voila is not installed: pip install -e '.[dev]'")
+from browser import needs_browser, opened
 from test_panel_browser import (
-    CHROMIUM, NO_CHROMIUM, answers, at_home, free_port, make_project, playwright, press, shot, status, stored, wait_for,
+    answers, at_home, free_port, make_project, press, shot, status, stored, wait_for,
 )
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+pytestmark = needs_browser
 SERVE = """
 import sys
 from mhrlhf.ratings.app import serve
@@ -34,10 +35,7 @@ def page_of(tmp_path_factory):
 
 def test_somebody_without_jupyterlab_rates(page_of):
     folder, url = page_of
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=dict(width=1280, height=900))
-        page.set_default_timeout(120_000)
+    with opened() as page:
         page.goto(url)
         page.get_by_placeholder("your name").fill("bert")
         page.keyboard.press("Tab")
@@ -51,7 +49,6 @@ def test_somebody_without_jupyterlab_rates(page_of):
         page.goto(url + "?rater=bert")   # the link of an invitation: no question, and on from where he was
         page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img:visible")
         wait_for(lambda: "bert · image 2 of 14 · 1 done" in status(page))
-        browser.close()
 
 def test_nothing_of_the_project_is_served_by_name(page_of):
     for path in ("data/generated.csv", "voila/files/data/generated.csv", "voila/files/../generated.csv",

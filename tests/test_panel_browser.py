@@ -1,21 +1,22 @@
 """The rating panel as an expert meets it: a real JupyterLab, a real kernel, a real browser, keys and mouse."""
 from contextlib import contextmanager
 from pathlib import Path
-import json, os, shutil, socket, sqlite3, statistics, subprocess, sys, time, urllib.request
+import json, os, socket, sqlite3, statistics, subprocess, sys, time, urllib.request
 
 import numpy as np
 import pytest
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-NO_CHROMIUM = "no Chromium here; install it (Debian: apt-get install chromium) to test in a browser"
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+from browser import needs_browser, opened
+
+pytestmark = needs_browser
 
 IMAGES = 14
-CODE = 'from mhrlhf.ratings.panel import RatingPanel\nRatingPanel("data/generated.csv", rater="ann")'
+CODE = """from mhrlhf.ratings.panel import RatingPanel
+RatingPanel("data/generated.csv", rater="ann")"""
+FIVE = CODE.replace(')', ', database="sqlite:///five.db", scale="1-5")')
 
 def make_project(folder):
-    "A small study: pictures of the pocket's world, their metadata, and a notebook with one cell."
+    "A small study: pictures of the pocket's world, their metadata, and notebooks with one cell."
     from PIL import Image
     from mhrlhf.pocket.scenes import draw_factors, render
     rng, lines = np.random.default_rng(1), ["prompt_id,image_path,prompt"]
@@ -25,10 +26,11 @@ def make_project(folder):
         Image.fromarray(np.asarray(render(factors, rng))).save(path)
         lines.append(f"p{i},data/images/p{i}/0.png,{factors.caption}")
     (folder / "data/generated.csv").write_text("\n".join(lines) + "\n")
-    cell = dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=CODE)
     kernel = dict(name="python3", display_name="python3", language="python")
-    notebook = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
-    (folder / "rate.ipynb").write_text(json.dumps(notebook))
+    for name, source in (("rate", CODE), ("five", FIVE)):
+        cell = dict(cell_type="code", id="panel", metadata={}, execution_count=None, outputs=[], source=source)
+        notebook = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+        (folder / f"{name}.ipynb").write_text(json.dumps(notebook))
 
 def free_port():
     with socket.socket() as s:
@@ -85,25 +87,20 @@ def wait_for(true, seconds=60, why=lambda: ""):
 
 @pytest.fixture(scope="module")
 def page(lab):
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=dict(width=1280, height=900))
-        page.set_default_timeout(120_000)
-        yield page
-        browser.close()
+    with opened() as page: yield page
 
-def open_panel(page, url):
+def open_panel(page, url, name="rate"):
     "Open the notebook afresh and run its cell."
-    page.goto(f"{url}/lab/tree/rate.ipynb?reset")
+    page.goto(f"{url}/lab/tree/{name}.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell .cm-content")
     wait_for(lambda: any(k["execution_state"] == "idle" for k in answers(f"{url}/api/kernels") or []), 120)
     page.click(".jp-Notebook .jp-CodeCell .cm-content")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img")
 
-def asked(folder, query):
+def asked(folder, query, database="data/annotations/ratings.db"):
     "Rows of the study's database."
-    with sqlite3.connect(folder / "data/annotations/ratings.db") as c: return c.execute(query).fetchall()
+    with sqlite3.connect(folder / database) as c: return c.execute(query).fetchall()
 
 def stored(folder):
     "Entries of the history as (path, aspect, value)."
@@ -116,10 +113,10 @@ def press(page, folder, key):
     wait_for(lambda: len(stored(folder)) > before)
     return time.perf_counter() - start
 
-def shot(page, name):
-    "Keep a picture where MHRLHF_SCREENSHOTS says."
+def shot(page, name, part=".mhrlhf-panel"):
+    "Keep a picture of a part of the page where MHRLHF_SCREENSHOTS says."
     if folder := os.environ.get("MHRLHF_SCREENSHOTS"):
-        page.locator(".mhrlhf-panel").screenshot(path=str(Path(folder) / name))
+        page.locator(part).screenshot(path=str(Path(folder) / name))
 
 def status(page): return page.locator(".mhrlhf-panel [role=status]").inner_text()
 
@@ -253,3 +250,16 @@ def test_restarting_the_kernel_resumes(page, lab):
     press(page, folder, "2")
     wait_for(lambda: "image 12 of 14 · 11 done" in status(page))
     assert page.locator(".jp-Notebook .jp-Cell").count() == 1
+
+def test_another_scale_has_its_own_buttons_and_keys(page, lab):
+    folder, url = lab
+    open_panel(page, url, "five")
+    aspects = page.locator(".mhrlhf-aspect")
+    for row in aspects.all():
+        assert [text for text in row.get_by_role("button").all_inner_texts() if text.isdigit()] == list("12345")
+    for key in "670x54321": page.keyboard.press(key)  # of these five are ratings
+    def given(): return asked(folder, "select value from ratings order by id", "five.db")
+    wait_for(lambda: len(given()) == 5)
+    assert [v for v, in given()] == [5, 4, 3, 2, 1]
+    wait_for(lambda: "image 2 of 14 · 1 done" in status(page))
+    shot(page, "panel-five.png")

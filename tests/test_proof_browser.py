@@ -1,5 +1,4 @@
 """The report and the blind comparison as people meet them: a real browser; the panel served by a real Voilà."""
-from contextlib import contextmanager
 from pathlib import Path
 import os, signal, sqlite3, statistics, subprocess, sys, time
 
@@ -7,9 +6,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("voila", reason="voila is not installed: pip install -e '.[dev]'")
-from test_panel_browser import CHROMIUM, NO_CHROMIUM, at_home, free_port, playwright, shot, wait_for
+from browser import needs_browser, opened
+from test_panel_browser import at_home, free_port, shot, wait_for
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+pytestmark = needs_browser
 PAIRS = 8
 SERVE = """
 import sys
@@ -22,25 +22,23 @@ sys.exit(run(ChooseSettings(evaluation=Path("evaluation"), checks=1, panel_port=
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     "A folder with an evaluation of some pairs."
+    from mhrlhf.core.files import write_json
     from mhrlhf.core.prompts import Prompt
     from mhrlhf.core.settings import EvaluateSettings
     from mhrlhf.pocket.scenes import scene_batch
     from mhrlhf.proof.evaluate import judged, write_evaluation
+    from mhrlhf.tuning.watch import keep_pictures
     folder = tmp_path_factory.mktemp("study")
     scenes, truth = scene_batch(PAIRS, np.random.default_rng(0))
     noisy = np.clip(scenes + np.random.default_rng(1).integers(-60, 60, scenes.shape), 0, 255).astype(np.uint8)
     prompts = [Prompt(f"p{i}", f.caption, "even" if i % 2 else "odd") for i, f in enumerate(truth)]
-    write_evaluation(judged(noisy, scenes, prompts, EvaluateSettings(reward_model=folder)), folder / "evaluation")
+    for update, pictures in ((0, noisy), (40, scenes)):
+        keep_pictures(dict(enumerate(pictures)), [p.prompt for p in prompts], folder / "model", update)
+    looks = [dict(update=update, gains=[gain] * 5, errors=[.1] * 5) for update, gain in ((0, 0.), (40, .5))]
+    write_json(folder / "model/dspo.json", dict(history=looks))
+    settings = EvaluateSettings(reward_model=folder, model=folder / "model")
+    write_evaluation(judged(noisy, scenes, prompts, settings), folder / "evaluation")
     return folder
-
-@contextmanager
-def opened():
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=dict(width=1280, height=900))
-        page.set_default_timeout(120_000)
-        yield page
-        browser.close()
 
 def test_the_report_is_one_file_that_asks_no_host(study):
     from mhrlhf.core.settings import ReportSettings
@@ -55,10 +53,11 @@ def test_the_report_is_one_file_that_asks_no_host(study):
         page.goto((study / "report.html").as_uri())
         pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
         assert len(pictures) >= 4 and all(pictures), pictures
+        assert page.locator("img[alt=along_run]").count() == 1
         assert all(url.startswith(("file:", "data:")) for url in asked) and not said, (asked, said)
         assert page.locator("h2").first.inner_text() == "What was asked"
         assert page.evaluate("document.documentElement.scrollWidth <= 1280"), "wider than the window"
-        shot(page, "report.png")
+        shot(page, "report.png", "body")
 
 @pytest.fixture(scope="module")
 def page_of(study, tmp_path_factory):

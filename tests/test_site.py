@@ -4,16 +4,17 @@ from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-import os, re, shutil, sys
+import os, re, sys
 
 import pytest
 from sphinx.util.inventory import InventoryFile
+
+from browser import chromium
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import docs, reference  # noqa: E401, E402
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 WIDTHS = 380, 1280  # pixels: a phone, a laptop
 LOOKED_AT = "index", "howto/raters", "core/02_settings", "reference/core", "explain/dspo"
 
@@ -112,12 +113,7 @@ def test_pages_lead_on_and_names_lead_to_their_source(site):
 
 @pytest.fixture(scope="module")
 def browser(site):
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]'")
-    if not CHROMIUM: pytest.skip("no Chromium here; install it (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
+    with chromium() as browser: yield browser
 
 @pytest.fixture
 def tab(browser):

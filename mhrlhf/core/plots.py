@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .aspects import HIGHEST, LOWEST
 from .files import atomic_path
 
 # %% ../../nbs/core/07_plots.ipynb #5b847acf
@@ -114,11 +113,15 @@ def picture_grid(
     return fig
 
 # %% ../../nbs/core/07_plots.ipynb #b01469af
-def _on_the_scale(ax, xlabel, title):
-    "Both axes as long as the rating scale, with the diagonal."
-    scale = LOWEST, HIGHEST
-    ax.plot(scale, scale, color="0.8", lw=1, zorder=0)
-    ax.set(xlabel=xlabel, xlim=scale, ylim=scale)
+def _ends(*tables):
+    "Whole numbers between which all values lie."
+    values = np.concatenate([np.ravel(table) for table in tables])
+    return np.floor(np.nanmin(values)), np.ceil(np.nanmax(values))
+
+def _alike(ax, ends, xlabel, title):
+    "Both axes alike, as far as the ratings reach on whatever scale, with the diagonal."
+    ax.plot(ends, ends, color="0.8", lw=1, zorder=0)
+    ax.set(xlabel=xlabel, xlim=ends, ylim=ends)
     ax.set_title(title, fontsize=_SMALL)
 
 def scatter_per_aspect(
@@ -127,11 +130,11 @@ def scatter_per_aspect(
     titles=None,  # aspect -> text, such as its correlation with interval
 ):
     "One scatter per aspect, predicted against rated."
-    names, titles = list(predicted.columns), titles or {}
+    names, titles, ends = list(predicted.columns), titles or {}, _ends(predicted, rated)
     fig, axes = figure(1, len(names), sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         ax.scatter(rated[name], predicted[name], s=6, alpha=.4, lw=0)
-        _on_the_scale(ax, "rated", titles.get(name, name))
+        _alike(ax, ends, "rated", titles.get(name, name))
     axes[0].set_ylabel("predicted")
     return fig
 
@@ -166,11 +169,12 @@ def reliability_per_aspect(
 ):
     "Mean rating over mean prediction, with intervals."
     titles = titles or {}
+    ends = _ends(*(b[["predicted", "rated", "rated_low", "rated_high"]] for b in bins.values()))
     fig, axes = figure(1, len(bins), sharex=True, sharey=True)
     for ax, (name, b) in zip(axes, bins.items()):
         below, above = (b.rated - b.rated_low).clip(lower=0), (b.rated_high - b.rated).clip(lower=0)
         ax.errorbar(b.predicted, b.rated, yerr=[below, above], fmt="o-", ms=3, lw=1, capsize=2)
-        _on_the_scale(ax, "predicted", titles.get(name, name))
+        _alike(ax, ends, "predicted", titles.get(name, name))
     axes[0].set_ylabel("rated")
     return fig
 

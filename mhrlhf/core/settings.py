@@ -197,6 +197,9 @@ class TrainDSPOSettings(SamplingSettings):
     backbone: str = ""
     # what is optimised, see notebook 50; all but dspo are for comparison and learn from pairs of rated pictures
     objective: Literal["dspo", "dspo-pairs", "dpo", "sft"] = "dspo"
+    # CSV with winner and loser (image paths), of mhrlhf choose --csv: what people chose between rated pictures
+    # becomes the pairs; needs one of the pair objectives
+    choices: str = ""
     # reach: weight on aspects that lag behind what they can reach; for comparison: equal, the plain sum, and
     # min-norm, the shortest combination of the heads' gradients
     balance: Literal["reach", "equal", "min-norm"] = "reach"
@@ -309,7 +312,7 @@ class ChooseSettings(Settings):
     aspects: tuple[str, ...] = ()  # asked one by one; default: only which is better on the whole
     checks: int = 4           # attention checks: an image beside noise; 0: none
     results: bool = False     # print what people chose so far instead of asking
-    csv: str = ""             # CSV to write: winner and loser, for train-reward --choices
+    csv: str = ""             # CSV to write: winner and loser, for train-reward and train-dspo --choices
     # address of the served page; 0.0.0.0 for the local network, then with a password in its link
     host: str = "127.0.0.1"
     panel_port: int = 8867    # of the served page

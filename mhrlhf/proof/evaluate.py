@@ -31,7 +31,7 @@ from ..pocket.judge import load_judge
 from ..pocket.second_judge import load_second_judge
 from ..pocket.scenes import SIZE, parse_caption
 from .compare import COMPOSITE, add_composite, all_together, compare, conclusion, gain_text, win_text
-from .distance import gains_by_distance, plot_by_distance
+from .distance import gains_along_run, gains_by_distance, plot_gains
 from .heldout import refuse_seen, seen_prompts
 from .inference import load_adapter
 from .variety import variety, variety_line
@@ -40,6 +40,7 @@ from ..reward.model import RewardModel
 from ..reward.noise import unet_identity
 from ..reward.readings import summary
 from ..tuning.adapters import ADAPTER_FILE, merged, reference_of
+from ..tuning.watch import kept_pictures
 
 # %% ../../nbs/proof/62_evaluate.ipynb #86fd9007
 @dataclass
@@ -56,6 +57,7 @@ class Evaluation:
     second: pd.DataFrame = None  # the table by the pocket's second judge, by which nothing was chosen
     heads: pd.DataFrame = None   # the table by the heads that steered the tuning, where another judges
     variety: pd.DataFrame = None  # of `variety`, where a backbone is at hand
+    along: pd.DataFrame = None    # of `gains_along_run`, where the judge can see the run's looks
     about: dict = field(default_factory=dict)  # settings and what else is written down
 
 # %% ../../nbs/proof/62_evaluate.ipynb #c5562956
@@ -219,6 +221,12 @@ def _by_second_judge(base, tuned, texts, prompts):
     judge = load_second_judge()
     return compare(*add_composite(judge.score(base, texts), judge.score(tuned, texts)), prompts)
 
+def _along(settings, judge, score):
+    "Heads and judge along the run that made the adapter; None where the judge cannot see its looks."
+    about, (pictures, prompts) = Path(settings.model) / "dspo.json", kept_pictures(settings.model, 0)
+    if judge != "judge" or not (pictures and about.exists() and _is_pocket(prompts, pictures[0].shape[:2])): return None
+    return gains_along_run(settings.model, read_json(about)["history"], score)
+
 def _scores(before, after, pairs, heads=None):
     "A row per pair, all that is known of it."
     about = dict(prompt_id=[p.prompt_id for p in pairs], genre=[p.genre for p in pairs],
@@ -254,7 +262,7 @@ def judged(
     return Evaluation(
         compare(before, after, prompts), _groups(before, after, prompts, pairs), name, pairs, base, tuned,
         _scores(before, after, pairs, scored), all_together(before[aspects], after[aspects], prompts), second,
-        heads if name == "judge" else None, varied)
+        heads if name == "judge" else None, varied, _along(settings, name, score))
 
 # %% ../../nbs/proof/62_evaluate.ipynb #7b356cb7
 _DECIDES = ("steps", "guidance_scale", "width", "height", "guidance_until", "cache_every")  # of the settings
@@ -340,6 +348,7 @@ def write_evaluation(e: Evaluation, folder) -> list:
     groups = {f"{kind}s": t.to_dict("index") for kind, t in e.groups.items()}
     others = dict(second_judge=e.second, heads=e.heads, variety=e.variety)
     others = {name: t.to_dict("index") for name, t in others.items() if t is not None}
+    if e.along is not None: others["along_run"] = e.along.to_dict("records")
     about = dict(judged_by=e.judged_by, pairs=len(e.prompts), prompts=e.scores.prompt_id.nunique(),
                  together=e.together, conclusion=conclusion(e.table))
     with atomic_path(folder / PAIRS) as p: e.scores.round(4).to_csv(p, index_label="pair")
@@ -347,7 +356,8 @@ def write_evaluation(e: Evaluation, folder) -> list:
     label = f"gain in base sd\n(judged by the {e.judged_by})"
     bars = interval_bars(e.table, "gain", "gain_low", "gain_high", label=label)
     if e.heads is not None:
-        save_figure(plot_by_distance(gains_by_distance(e.scores), e.judged_by), folder / "over_optimisation.png")
+        save_figure(plot_gains(gains_by_distance(e.scores), e.judged_by), folder / "over_optimisation.png")
+    if e.along is not None: save_figure(plot_gains(e.along, e.judged_by, "update"), folder / "along_run.png")
     return [folder / "evaluation.json", save_figure(grid(e), folder / "before_after.png"),
             save_figure(grid(e, by="worst"), folder / "worst.png"), save_figure(bars, folder / "gains.png")]
 

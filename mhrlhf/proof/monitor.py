@@ -9,16 +9,18 @@ __all__ = ['latest_figures', 'free_port', 'open_tensorboard', 'RunView', 'watch_
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-import base64, io, json, socket, time
+import base64, io, json, socket, textwrap, time
 
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
+import numpy as np
 import pandas as pd
 
 from ..core.aspects import NAMES
 from ..core.files import InputError, read_json
-from ..core.plots import figure
+from ..core.plots import figure, heat_maps, picture_grid
 from ..core.settings import MonitorSettings
+from ..tuning.watch import kept_folder, kept_pictures
 
 # %% ../../nbs/proof/63_monitor.ipynb #91a6d837
 def _scalars(run, logdir):
@@ -72,7 +74,7 @@ class RunView:
     "A tuning as it stands; shows itself."
     folder: Path
     aspects: list
-    history: list       # a dict for each look: update, gains, errors, weights
+    history: list       # a dict for each look: update, gains, errors, weights, cosines, drift
     update: int         # done so far
     updates: int        # in all; 0: not known
     seconds: float      # spent so far
@@ -129,27 +131,61 @@ def time_left(self: RunView) -> str:
 # %% ../../nbs/proof/63_monitor.ipynb #372deac9
 @patch
 def plot(self: RunView):  # a figure
-    "Gains with their intervals, and the weights."
-    fig, (left, right) = figure(1, 2, size=3.4)
+    "Gains with their intervals, the weights, and the drift."
+    fig, (left, middle, right) = figure(1, 3, size=3.2)
     at = [h["update"] for h in self.history]
     for i, name in enumerate(self.aspects):
         errors = [_NORMAL_95 * h["errors"][i] for h in self.history]
         left.errorbar(at, [h["gains"][i] for h in self.history], yerr=errors, marker=".", capsize=2, label=name)
-        right.plot(at, [h["weights"][i] for h in self.history], marker=".", label=name)
+        middle.plot(at, [h["weights"][i] for h in self.history], marker=".", label=name)
+    right.plot(at, [h.get("drift", np.nan) for h in self.history], marker=".", color="0.3")
     left.axhline(0, color="0.8", lw=1, zorder=0)
     left.set(xlabel="update", ylabel="gain by the heads (base sd)")
-    right.set(xlabel="update", ylabel="weight")
-    right.legend(fontsize=7)
+    middle.set(xlabel="update", ylabel="weight")
+    right.set(xlabel="update", ylabel="drift from the reference")
+    middle.legend(fontsize=7)
     return fig
+
+# %% ../../nbs/proof/63_monitor.ipynb #03aabcc6
+_ROWS, _COLUMNS = 4, 8  # looks and prompts in the grid
+_TITLE = 16, 4          # characters a line, lines
+
+@patch
+def agreement(self: RunView):  # a figure; None if the run has not noted it
+    "Cosines of the heads' pulls at the adapter, at the newest look."
+    cosines = self.history[-1].get("cosines")
+    if not cosines: return None
+    return heat_maps({f"cosines of the heads' pulls, update {self.history[-1]['update']}":
+                      pd.DataFrame(cosines, self.aspects, self.aspects)})
+
+@patch
+def grid(self: RunView):  # a figure; None if no pictures were kept
+    "The same prompts and seeds at the first look, at some between, and at the newest."
+    kept = [h["update"] for h in self.history if kept_folder(self.folder, h["update"]).exists()]
+    if not kept: return None
+    shown = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, _ROWS).round().astype(int))]
+    looks = [kept_pictures(self.folder, update) for update in shown]
+    prompts, (width, lines) = looks[0][1], _TITLE
+    columns = np.linspace(0, len(prompts) - 1, min(_COLUMNS, len(prompts))).round().astype(int)  # spread over all
+    titles = ["\n".join(textwrap.wrap(prompts[i], width)[:lines]) for i in columns]
+    return picture_grid([[pictures[i] for i in columns] for pictures, _ in looks],
+                        [f"update {u}" for u in shown], titles)
+
+# %% ../../nbs/proof/63_monitor.ipynb #57e4787c
+def _image_html(fig, about):
+    "A figure inside a page."
+    out = io.BytesIO()
+    fig.savefig(out, format="png")
+    return f"<img alt='{escape(about)}' src='data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}'>"
 
 @patch
 def _repr_html_(self: RunView):
-    head = f"<p><b>{escape(str(self.folder))}</b>, update {self.update}, {escape(self.time_left())}</p>"
-    if not self.history: return f"{head}<p>{self.sentence()}</p>"
-    out = io.BytesIO()
-    self.plot().savefig(out, format="png")
-    picture = base64.b64encode(out.getvalue()).decode()
-    return f"{head}<p>{escape(self.sentence())}</p><img src='data:image/png;base64,{picture}'>"
+    head = (f"<p><b>{escape(str(self.folder))}</b>, update {self.update}, {escape(self.time_left())}</p>"
+            f"<p>{escape(self.sentence())}</p>")
+    if not self.history: return head
+    shown = {"gains, weights and drift": self.plot(), "cosines of the heads' pulls": self.agreement(),
+             "the same prompts and seeds from look to look": self.grid()}
+    return head + "".join(f"<p>{_image_html(fig, about)}</p>" for about, fig in shown.items() if fig is not None)
 
 @patch
 def __repr__(self: RunView): return f"{self.folder}: update {self.update}, {self.time_left()}. {self.sentence()}"

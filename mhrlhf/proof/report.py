@@ -207,7 +207,7 @@ def _evaluation(settings, about):
               for name, key in (("second_judge", "second"), ("heads", "heads")) if about.get(name)]
     groups = [_group_html(kind, about[f"{kind}s"]) for kind in ("genre", "length") if about.get(f"{kind}s")]
     return section("Evaluation", head, _gains_html(about["table"]), f"<ul>{lines}</ul>",
-                   _pictures(settings.evaluation, "gains", "over_optimisation"), *others, *groups,
+                   _pictures(settings.evaluation, "gains", "over_optimisation", "along_run"), *others, *groups,
                    _settings_html(about.get("settings")))
 
 def _portfolio(settings):

@@ -100,7 +100,7 @@ def _simulate(store, images, count, icc, seed):
     truth = judged_truth(images)
     raters = simulated_raters(truth.columns, count, np.tile(noise_for(truth, icc), count), seed=seed)
     prompt_ids = dict(zip(images.image_path, images.prompt_id))
-    new = _without_rated(simulated_panel(truth, raters, seed=seed, prompt_ids=prompt_ids), there)
+    new = _without_rated(simulated_panel(truth, raters, seed=seed, prompt_ids=prompt_ids, scale=store.scale), there)
     store.add(new, source="simulated")
     print(f"SIMULATED panel of {count} raters (single-rater agreement about {icc:g}, truth from the judge): "
           f"{len(new):,} ratings stored")
@@ -196,10 +196,12 @@ def _write(settings, images, store):
         rows = write_ratings_csv(settings.csv, store)
         print(f"{settings.csv}: {rows} rows, one for each rater and image")
     if settings.label_studio:
-        config, tasks = write_label_studio(settings.label_studio, images, settings.address or LOCAL, given)
+        config, tasks = write_label_studio(settings.label_studio, images, settings.address or LOCAL, given,
+                                           store.scale)
         print(f"{config} and {tasks}: a Label Studio project")
     if settings.argilla:
-        write_argilla(settings.argilla, images, settings.address, settings.per_image, store=given, people=people)
+        write_argilla(settings.argilla, images, settings.address, settings.per_image, store=given, people=people,
+                      scale=store.scale)
         print(f"{settings.argilla}: an Argilla dataset")
     if settings.report:
         panel_report(store.ratings(), store.repeats()).save(settings.report)

@@ -13,7 +13,6 @@ import anywidget, ipywidgets, traitlets
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.aspects import SCALE
 from ..core.files import InputError
 from ..images.metadata import read_metadata
 from ..images.pixels import shown_bytes
@@ -201,9 +200,8 @@ def _with_class(widget, name):
 # %% ../../nbs/ratings/33_panel.ipynb #6456e83f
 def _rubric(aspect, scale):
     "The levels' texts; the rubric is written for 0 to 10 and moved to the project's scale."
-    share = (scale.high - scale.low) / (SCALE.high - SCALE.low)
     levels = sorted(aspect.rubric.items(), reverse=True)
-    best_first = [(f"{scale.low + level * share:.2g}", text) for level, text in levels]
+    best_first = [(f"{scale.moved(level):.2g}", text) for level, text in levels]
     lines = "".join(f"<div><b>{level}</b> {escape(text)}</div>" for level, text in best_first)
     return f"<div style='line-height:1.35;margin-top:4px'><b>{escape(aspect.question)}</b>{lines}</div>"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.aspects import HIGHEST, LOWEST
+from ..core.aspects import SCALE, Scale
 
 # %% ../../nbs/ratings/29_simulated.ipynb #e6b0fb55
 SIMULATED = "simulated-"  # how the names of simulated raters begin
@@ -40,14 +40,14 @@ def simulated_raters(
     return pd.DataFrame(dict(bias=biases, scale=np.exp(scales), noise=noise * np.exp(noises)), index=index)
 
 # %% ../../nbs/ratings/29_simulated.ipynb #2f170327
-def _one_simulated(truth, who, rng, fatigue, missing):
+def _one_simulated(truth, who, rng, fatigue, missing, scale):
     "One rater's answers, image × aspect, NaN where missing."
     middle = truth.mean(axis=0)
     turn = rng.permutation(len(truth))[:, None]             # (images, 1), from 0 to images - 1
     tired = 1 + fatigue * turn / max(len(truth) - 1, 1)
     noise = rng.normal(size=truth.shape) * who["noise"].values * tired
     seen = middle + (truth - middle) * who["scale"].values + who["bias"].values + noise
-    answers = np.clip(np.round(seen), LOWEST, HIGHEST)
+    answers = np.clip(np.round(scale.moved(seen)), scale.low, scale.high)
     answers[rng.random(truth.shape) < missing] = np.nan
     return answers
 
@@ -75,12 +75,13 @@ def simulated_panel(
     missing: float = 0.,      # probability that a rating is left out
     per_image: int = 0,       # raters drawn at random for each image; 0: everybody rates every image
     prompt_ids: dict = None,  # image_path -> prompt_id; default: the name of the image's folder
+    scale: Scale = SCALE,     # on which they answer; truth and noise are moved to it
 ) -> pd.DataFrame:            # tidy; raters are called simulated-1, simulated-2, …
     "Ratings of simulated raters."
     if isinstance(raters, int): raters = simulated_raters(truth.columns, raters, noise, seed=seed)
     names, aspects = list(raters.index.unique("rater")), list(truth.columns)
     rng = np.random.default_rng([seed, 2])
-    each = [_one_simulated(truth, raters.loc[name].loc[aspects], rng, fatigue, missing) for name in names]
+    each = [_one_simulated(truth, raters.loc[name].loc[aspects], rng, fatigue, missing, scale) for name in names]
     answers = np.stack(each)                                # (raters, images, aspects)
     if per_image: answers[_not_drawn(len(names), len(truth), per_image, rng)] = np.nan
     prompts = [(prompt_ids or {}).get(path) or Path(path).parent.name or "prompt" for path in truth.index]

@@ -36,12 +36,14 @@ class RatedLatents:
     prompt: Tensor   # (n,) row of each picture's prompt in `text`
     ratings: Tensor  # (n, aspects), standardised
     weights: Tensor  # (n, aspects), 0 where not rated
+    images: tuple = ()  # n paths of the pictures, where they are known
 
     def __len__(self) -> int: return len(self.latents)
 
     def __getitem__(self, rows):
+        images = tuple(self.images[i] for i in torch.arange(len(self))[rows].tolist()) if self.images else ()
         return replace(self, latents=self.latents[rows], prompt=self.prompt[rows], ratings=self.ratings[rows],
-                       weights=self.weights[rows])
+                       weights=self.weights[rows], images=images)
 
     def texts(self, rows: Tensor) -> Text:
         "The encoded prompts of some pictures."
@@ -350,7 +352,7 @@ def save_rated(rated: RatedLatents, folder) -> Path:
     tensors = dict(latents=rated.latents.half(), prompt=rated.prompt, ratings=rated.ratings, weights=rated.weights)
     with atomic_path(path) as part:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part,
-                  metadata={"prompts": json.dumps(rated.prompts)})
+                  metadata={"prompts": json.dumps(rated.prompts), "images": json.dumps(rated.images)})
     return path
 
 def load_rated(folder, denoiser: Denoiser) -> RatedLatents:
@@ -360,7 +362,8 @@ def load_rated(folder, denoiser: Denoiser) -> RatedLatents:
     try:
         with safe_open(path, "pt") as f:
             prompts, tensors = json.loads(f.metadata()["prompts"]), {name: f.get_tensor(name) for name in f.keys()}
+            images = tuple(json.loads(f.metadata().get("images", "[]")))
         latents = tensors.pop("latents").float()
-        return RatedLatents(latents, prompts, encode_texts(denoiser.pipe, prompts), **tensors)
+        return RatedLatents(latents, prompts, encode_texts(denoiser.pipe, prompts), **tensors, images=images)
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: damaged ({type(e).__name__}); train again with mhrlhf train-reward") from None

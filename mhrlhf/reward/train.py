@@ -9,7 +9,7 @@ __all__ = ['UNKNOWABLE', 'FEWEST', 'SAME', 'NAMED', 'LEAST_SPREAD', 'MATRICES', 
 
 # %% ../../nbs/reward/47_train.ipynb #d25bb6a1
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 import json, os, time
@@ -432,7 +432,7 @@ def teach_noise_heads(
     given = known.ratings, known.weights, folds, settings.noise_epochs
     for _ in fit_noise_heads(heads, draws, *given, seed=settings.seed): pass
     save_noise_heads(heads, unet_identity(pipe.unet), settings.output)
-    save_rated(known[:n], settings.output)
+    save_rated(replace(known[:n], images=tuple(rated.paths)), settings.output)
     truth = rated.ratings[list(model.aspects)].to_numpy()
     return correlation_by_noise(heads, denoiser, known[:n], folds[:n], truth)
 

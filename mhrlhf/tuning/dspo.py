@@ -9,8 +9,9 @@ __all__ = ['prepare', 'Guard', 'learn', 'resume', 'run_mark', 'finish', 'work_in
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
-import math, os, time
+import math, os, shutil, time
 
 from torch.utils.tensorboard import SummaryWriter
 import numpy as np
@@ -29,10 +30,12 @@ from ..images.models import load_pipeline
 from ..images.sampler import Sampling
 from ..reward.model import RewardModel
 from ..reward.noise import NOISE_FILE, load_noise_heads, load_rated
+from ..reward.weights import read_choices
 from .adapters import add_adapter, save_adapter
 from .balance import Gains, doubtful, neglected, worst_share
-from .loop import Tuning, load_checkpoint, save_checkpoint, start, tune
-from .watch import Watch
+from .loop import Tuning, chosen_pairs, load_checkpoint, save_checkpoint, start, tune
+from .objectives import PAIR_OBJECTIVES
+from .watch import LOOKS, Watch, keep_pictures
 
 # %% ../../nbs/tuning/56_dspo.ipynb #79fb9334
 def prepare(
@@ -42,6 +45,7 @@ def prepare(
 ) -> Tuning:
     "Load model, heads and rated pictures, and begin a run. Raises `InputError` for what is missing."
     s, folder = settings, Path(settings.reward_model)
+    if s.choices and s.objective not in PAIR_OBJECTIVES: raise InputError(_no_pairs(s))
     reward = RewardModel.load(folder, device.type, s.backbone)
     denoiser = Denoiser(load_pipeline(s.pipeline, device.type, s.dtype, s.vae), s.width, s.height)
     heads, rated = load_noise_heads(folder, denoiser), load_rated(folder, denoiser)
@@ -49,7 +53,22 @@ def prepare(
     if len(rated.prompts) == 1: raise InputError(f"{folder}: one rated prompt; two or more are needed to measure gains")
     sampling = Sampling(s.watch_steps, s.guidance_scale, s.batch, s.width, s.height)
     watch = Watch(denoiser, reward, rated.prompts[::_every(rated, s.watched)][:s.watched], sampling, team)
-    return start(denoiser, heads, rated, watch, s, team)
+    run = start(denoiser, heads, rated, watch, s, team)
+    if s.choices: run.chosen = _chosen(s, rated)
+    return run
+
+def _no_pairs(s):
+    return (f"{s.choices}: choices are pairs, which the objective {s.objective} does not learn from; name one of "
+            f"{', '.join(PAIR_OBJECTIVES)} with --objective, or leave --choices out")
+
+def _chosen(s, rated):
+    "The pairs that people chose. Raises `InputError`."
+    if not rated.images:
+        raise InputError(f"{s.reward_model}: its rated latents do not say which images they are; "
+                         "train again with mhrlhf train-reward")
+    pairs = chosen_pairs(rated, read_choices(s.choices, set(rated.images)))
+    if not len(pairs): raise InputError(f"{s.choices}: no choices; let people choose with mhrlhf choose --pairs images")
+    return pairs
 
 def _other_aspects(folder, heads, reward):
     return (f"{folder}: its noise-aware heads know {', '.join(heads.aspects)}, the heads on CLIP "
@@ -58,6 +77,8 @@ def _other_aspects(folder, heads, reward):
 def _every(rated, watched): return max(len(rated.prompts) // watched, 1)  # spread over all prompts
 
 # %% ../../nbs/tuning/56_dspo.ipynb #f78d4ab9
+_SHOWN = 8  # watched pictures on TensorBoard, always the same prompts and seeds
+
 def _log(writer, run, state):
     "An update's or a look's figures to TensorBoard."
     if "loss" in state:
@@ -67,6 +88,11 @@ def _log(writer, run, state):
     for name, gain, share, weight in rows:
         for kind, value in (("gain", gain), ("share", share), ("weight", weight)):
             writer.add_scalar(f"{kind}/{name}", value, run.update)
+    if state["cosines"]:
+        for (i, one), (j, other) in combinations(enumerate(run.heads.aspects), 2):
+            writer.add_scalar(f"cosine/{one}-{other}", state["cosines"][i][j], run.update)
+    shown = np.concatenate(list(state["pictures"].values())[:_SHOWN], 1)
+    writer.add_image("watched", shown, run.update, dataformats="HWC")
 
 def _look_line(run, state):
     rows = zip(run.heads.aspects, state["gains"].mean, state["share"], state["weights"])
@@ -82,8 +108,10 @@ def _bar(run, state, began):
 def _plan(run):
     s, parameters = run.settings, sum(p.numel() for p in run.parameters)
     processes = f"{run.team.world} process{'es' * (run.team.world > 1)}"
+    learnt = f"{len(run.rated)} rated pictures"
+    if run.chosen is not None: learnt = f"{len(run.chosen)} choices between {learnt}"
     return (f"tuning {s.pipeline} with {s.objective}, {s.balance} balance, {s.adapter} of rank {s.rank} "
-            f"({parameters:,} parameters), {processes}: {s.updates} updates on {len(run.rated)} rated pictures of "
+            f"({parameters:,} parameters), {processes}: {s.updates} updates on {learnt} of "
             f"{len(run.rated.prompts)} prompts, {len(run.watch.prompts)} prompts watched{_memory(run)}")
 
 def _memory(run):
@@ -143,6 +171,7 @@ def learn(
             if "loss" in state:
                 show(_bar(run, state, began))
                 continue
+            keep_pictures(state["pictures"], run.watch.prompts, folder, run.update)
             show(dict(line=_look_line(run, state)))
             if guard.take(run.history[-1]): checkpoint("best.safetensors")  # first: a run goes on from the latest
             checkpoint("latest.safetensors")
@@ -175,6 +204,7 @@ def resume(
     elif run.team.rank == 0:
         if latest.exists() and not fresh: _put_aside(places, old, show)
         for path in (latest, places / "best.safetensors"): path.unlink(missing_ok=True)
+        shutil.rmtree(folder / LOOKS, ignore_errors=True)
         write_json(note, dict(mark=mark))
     return same
 
@@ -185,16 +215,18 @@ def _sweep(places):
 def _put_aside(places, mark, show):
     kept = places.with_name(f"checkpoints-{mark[:8] or 'unknown'}-{time.strftime('%Y%m%d-%H%M%S')}")
     places.rename(kept)
+    if (looks := places.with_name(LOOKS)).exists(): looks.rename(kept / LOOKS)
     show(dict(line=f"the checkpoints here are of other settings or heads: kept in {kept}, beginning anew"))
 
 _FREE = "minutes", "fresh", "processes", "updates"  # settings that may change when a run goes on
-_PLACES = "output", "reward_model", "backbone"      # where things lie; what lies there is told by its content
+_PLACES = "output", "reward_model", "backbone", "choices"  # where things lie; what lies there is told by its content
 
 def run_mark(settings: TrainDSPOSettings) -> str:
     "Tells runs apart: by their settings and by the heads and pictures that they learn from."
     told = {k: v for k, v in asdict(settings).items() if k not in (*_FREE, *_PLACES)}
     told |= {k: Path(told[k]).name for k in ("pipeline", "vae") if Path(told[k]).exists()}
-    return fingerprint(told, (Path(settings.reward_model) / NOISE_FILE).read_bytes().hex())
+    files = Path(settings.reward_model) / NOISE_FILE, *([Path(settings.choices)] if settings.choices else [])
+    return fingerprint(told, *(file.read_bytes().hex() for file in files))
 
 # %% ../../nbs/tuning/56_dspo.ipynb #ae425cab
 def finish(run: Tuning, folder, why: str) -> list:  # files
