@@ -69,7 +69,8 @@ def tables(draw, columns):
         before = lines_in(out.getvalue())
         if quoted: writer.writerow(row.values())
         else: out.write(delimiter.join(row.values()) + end)
-        cells = {n: cell.encode(encoding, "replace").decode(encoding) for n, cell in row.items()}
+        read_as = "utf-8" if encoding == "latin-1" else encoding  # what is no UTF-8 is refused
+        cells = {n: cell.encode(encoding, "replace").decode(read_as, "replace") for n, cell in row.items()}
         meant.append((range(before + 1, lines_in(out.getvalue()) + 1), cells))
     text, whole = out.getvalue(), draw(st.integers(0, 9)) > 0
     if not whole: text = text[:draw(st.integers(0, len(text)))]
@@ -100,8 +101,8 @@ TASK = record(id=st.integers(0, 9), data=DATA, annotations=st.lists(record(
 MINIMAL = record(id=st.integers(0, 9), annotation_id=st.integers(0, 9), annotator=PERSON, prompt_id=ID, image_path=PATH,
                  lead_time=VALUE, spatial=VALUE, style=st.lists(record(number=VALUE), max_size=2), note=ANY)
 ARGILLA = record(id=ANY, metadata=DATA, responses=st.dictionaries(FIELD, either(st.lists(
-    record(value=VALUE, user_id=PERSON), max_size=2)), max_size=3))
-EXPORTS = either(st.lists(TASK | MINIMAL | ARGILLA, max_size=3), 30)
+    record(value=VALUE, user_id=PERSON), min_size=1, max_size=2)), min_size=1, max_size=3))
+EXPORTS = either(st.lists(TASK | MINIMAL | ARGILLA, min_size=1, max_size=3), 30)
 NUMBERS = st.lists(st.floats() | st.integers(-1, 9) | st.just(0), min_size=5, max_size=5)
 PLACES = [*MODEL_NUMBERS, *UNCERTAINTY, "aspects", "backbone", "backbone_identity", "hidden", "soft_minimum", "views",
           "files", "made_up"]
@@ -177,7 +178,7 @@ def rated_cells(cells):
     "The cells with ratings; a # ends the row."
     for column, text in cells.items():
         if column in COLUMNS:
-            yield column, text.partition("#")[0]
+            yield column, text.partition("#")[0].strip()
             if "#" in text: return
 
 def remarks(): return [((r, p), t) for r, p, t in STORE.remarks()[["rater", "image_path", "text"]].values]
@@ -208,7 +209,7 @@ def check_metadata(folder, drawn):
     for image, cells in newest.items():
         row = found[found.image_path == image].iloc[0]
         for column in {*cells} & {"prompt_id", "prompt"}: assert row[column] == cells[column].strip(), (cells, row)
-        assert row["seed"] == int(cells.get("seed", "").strip() or 0)
+        assert row["seed"] == float(cells.get("seed", "").strip() or 0)
 
 def said_in(entry):
     "(place, person, image, field, value) of what an entry of an export says, as far as it is in order."
@@ -250,7 +251,8 @@ def check_entry(entry, found, text):
         if isinstance(person, dict): person = person.get("email") or person.get("id")
         key = rater_name("" if person is None else person), image_of(str(image)), field
         for part in parts_of(value):
-            if (number := value_of(str(part))) is None: continue
+            number = part if type(part) in (int, float) else value_of(str(part))
+            if number is None: continue
             SEEN["answers of exports", "stored"] += 1
             assert found.get(key) == number, (entry, found, text)
 

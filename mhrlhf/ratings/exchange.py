@@ -16,7 +16,7 @@ import json, uuid
 
 import pandas as pd
 
-from ..core.aspects import ASPECTS, HIGHEST, LOWEST, NAMES
+from ..core.aspects import ASPECTS, HIGHEST, LOWEST, NAMES, SCALE, Scale
 from ..core.files import InputError, read_json, read_table, write_json
 from .sheets import check_image, without_contradictions
 from .store import OVERALL, TIDY, RatingStore, parse_rating, rater_name
@@ -65,7 +65,7 @@ class Annotation(NamedTuple):
 def _person(value):
     "Label Studio names people by number, or by an object with their e-mail."
     if isinstance(value, dict): value = value.get("email") or value.get("id")
-    return "" if value is None else str(value)
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
 
 def _text(value):
     "A remark's value: Label Studio gives a list of lines, Argilla and JSON_MIN a text."
@@ -76,11 +76,17 @@ def _text(value):
 # %% ../../nbs/ratings/38_exchange.ipynb #9b1f321f
 _KINDS = ("number", "rating", "choices")  # fields whose value may be a rating
 
+def _holds(said):
+    "Whether anything stands in a field."
+    if isinstance(said, dict): said = list(said.values())
+    return any(map(_holds, said)) if isinstance(said, list) else said not in (None, "")
+
 def _values(said):
-    "All that stands in a field: 7, '7', {'rating': 7}, {'choices': ['7']}, or a list of those."
+    "All that stands in a field: 7, '7', {'rating': 7}, {'choices': ['7']}, or a list of those; else the field itself."
     if isinstance(said, list): return [v for part in said for v in _values(part)]
-    if isinstance(said, dict): return [v for kind in _KINDS if kind in said for v in _values(said[kind])]
-    return [] if said is None else [said]
+    kinds = [kind for kind in _KINDS if kind in said] if isinstance(said, dict) else []
+    if kinds: return [v for kind in kinds for v in _values(said[kind])]
+    return [said] if _holds(said) else []
 
 # %% ../../nbs/ratings/38_exchange.ipynb #c0bc7f00
 def _is_asked(name, value):
@@ -132,7 +138,7 @@ def _from_argilla(record):
     "The answers of a record, person by person."
     said = {}
     for question, answers in record["responses"].items():
-        for r in answers: said.setdefault(str(r["user_id"]), []).append((question, r["value"]))
+        for r in answers: said.setdefault(_person(r["user_id"]), []).append((question, r["value"]))
     for person, own in said.items():
         answers = [(k, v) for k, v in own if k not in TEXTS]
         texts = {k: _text(v) for k, v in own if k in TEXTS}
@@ -162,21 +168,20 @@ def _rater_and_image(annotation, people, images):
     return dict(rater=who, prompt_id=prompt_id, image_path=image_path)
 
 # %% ../../nbs/ratings/38_exchange.ipynb #b2d5ca7f
-def _checked(aspect, value):
+def _checked(aspect, value, scale=SCALE):
     "The rating that an answer is; None for an empty one. `ValueError` says what is wrong."
     if aspect not in (*NAMES, OVERALL): raise ValueError(f"no such aspect; there are: {', '.join(NAMES)}")
-    if isinstance(value, bool): value = str(value)
-    text = format(value, "f") if isinstance(value, float) else str("" if value is None else value)
-    try: return parse_rating(text)
+    if type(value) in (int, float) and value in scale: return float(value)
+    try: return parse_rating(str("" if value is None else value), scale)
     except ValueError as e: raise ValueError(f"value {value!r}: {e}") from None
 
-def _answers(path, annotation, who, faults):
+def _answers(path, annotation, who, faults, scale):
     "The good answers of an annotation; the others become faults."
     seconds = annotation.seconds if isinstance(annotation.seconds, (int, float)) else None
     if seconds and annotation.answers: seconds = round(seconds / len(annotation.answers), 3)
     for aspect, value in annotation.answers:
         place = f"{path}: {annotation.place}: {aspect}"
-        try: number = _checked(aspect, value)
+        try: number = _checked(aspect, value, scale)
         except ValueError as e: faults.append(f"{place}: {e}")
         else:
             if number is None: continue
@@ -215,6 +220,7 @@ def read_export(
     path,                 # an export of Label Studio (JSON, JSON_MIN, CSV), or what Argilla's `records.to_json` wrote
     people: dict = None,  # the tool's name for somebody -> rater's name; default: the same
     images: dict = None,  # image_path -> prompt_id of the images to be rated; default: not checked
+    scale: Scale = SCALE,  # of the project
 ) -> tuple:               # tidy DataFrame with seconds, remarks (dicts for `RatingStore.remark`), list of faults
     "Ratings and remarks from the other tools. Raises `InputError` if the file is no export at all."
     faults, found, remarks = [], [], []
@@ -224,7 +230,7 @@ def read_export(
             faults.append(f"{path}: {a.place}: {e}")
             continue
         if why := _nothing_found(a): faults.append(f"{path}: {a.place}: {why}")
-        found += _answers(path, a, who, faults)
+        found += _answers(path, a, who, faults, scale)
         remarks += [who | dict(kind=kind, text=text) for kind, text in a.texts.items() if text]
     tidy = without_contradictions(found, faults)
     return tidy.reindex(columns=[*TIDY, "seconds"]), remarks, faults
@@ -252,7 +258,7 @@ def import_export(
     images: dict = None,  # see `read_export`
 ) -> tuple:               # how many ratings were new or changed, list of faults
     "Store what is new in an export: its good answers. Raises `InputError` as `read_export` does."
-    tidy, remarks, faults = read_export(path, people, images)
+    tidy, remarks, faults = read_export(path, people, images, store.scale)
     if not (len(tidy) or remarks or faults): faults.append(f"{path}: nobody has answered anything in this export")
     return store.add_new(tidy, remarks, _source(path)), faults
 

@@ -205,11 +205,12 @@ def _check_for_us(folder, info, aspects):
 
 # %% ../../nbs/reward/45_model.ipynb #4b0e42f2
 def _is_sound(name, values, size):
-    "Whether these are finite numbers, one per aspect, and not negative where that cannot be."
+    "Whether these are finite numbers, one per aspect, and not zero or negative where that cannot be."
     try: v = np.asarray(values, float)
     except (TypeError, ValueError, OverflowError): return False
-    may_be_negative = name in ("rating_mean", "mean")
-    return v.shape == (size,) and np.isfinite(v).all() and (may_be_negative or (v >= 0).all())
+    if v.shape != (size,) or not (np.abs(v) <= np.finfo(np.float32).max).all(): return False
+    if name in ("rating_mean", "mean"): return True
+    return (v >= 0).all() and (v.any() if name == "weights" else v.all() or name != "std")
 
 # %% ../../nbs/reward/45_model.ipynb #edc154e0
 def _damage(info):
