@@ -102,7 +102,8 @@ def test_it_is_the_same_model(model):
         ours, theirs = getattr(pipe, part).state_dict(), getattr(alone, part).state_dict()
         assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours), part
     folder = str(file.with_suffix(""))
-    assert estimate_memory(Sampling(steps=1), 1, str(file)) == estimate_memory(Sampling(steps=1), 1, folder)
+    asked = Sampling(steps=1, guidance_scale=1., batch=1)
+    assert estimate_memory(asked, 1, str(file)) == estimate_memory(asked, 1, folder)
 
 def test_a_stage_works_with_it(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -119,15 +120,30 @@ def test_what_is_missing_is_told(model, tmp_path):
         return str(refused.value)
     shutil.copy(file, tmp_path/"alone.safetensors")
     assert "a folder of the same name beside it may hold the model's configuration" in said("alone.safetensors")
-    for name in "less", "half", "cut":
-        shutil.copytree(file.with_suffix(""), tmp_path/name)
-    held = load_file(file)
-    lost = "model.diffusion_model.middle_block.0.in_layers.2.weight"
-    save_file({k: v for k, v in held.items() if k != lost}, tmp_path/"less.safetensors")
-    assert "unet's mid_block.resnets.0.conv1.weight is not in it; get the file again" in said("less.safetensors")
-    save_file({k: v for k, v in held.items() if "first_stage" not in k}, tmp_path/"half.safetensors")
+    held, names = load_file(file), ("less", "lost", "half", "cut")
+    for name in names: shutil.copytree(file.with_suffix(""), tmp_path/name)
+    lost = dict(less="middle_block.0.in_layers.2.weight", lost="text_model.final_layer_norm.bias", half="first_stage")
+    for name, part in lost.items():
+        save_file({k: v for k, v in held.items() if part not in k}, tmp_path/f"{name}.safetensors")
+    for name in "less", "lost": assert "is not in it; get the file again" in said(f"{name}.safetensors")
     assert "half.safetensors: " in said("half.safetensors")
     (tmp_path/"cut.safetensors").write_bytes(file.read_bytes()[:5000])
     assert "cut.safetensors: cannot be loaded as a whole model in one file" in said("cut.safetensors")
     with pytest.raises(InputError, match="is a whole model, no adapter; name it with --pipeline"):
         load_adapter(pipe, file)
+
+def test_names_of_sdxl_for_other_programs():
+    "Of all layers of SDXL's UNet: what is written here and in the export, diffusers reads back as it was."
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    from mhrlhf.pocket.full_shape import read_shape
+    from mhrlhf.proof.export import original_name
+    config = read_shape("sdxl")["unet"]
+    with torch.device("meta"): unet = UNet2DConditionModel.from_config(config)
+    names = [f"{name}.weight" for name, layer in unet.named_modules() if getattr(layer, "weight", None) is not None]
+    crossed = {i for i, block in enumerate(unet.up_blocks) if hasattr(block, "attentions")}
+    written = {f"model.diffusion_model.{unet_name(k, 2, crossed)}": k for k in names}
+    assert convert_ldm_unet_checkpoint(written, config) == {k: k for k in names}
+    adapted = [k for k in names if re.search(r"resnets\.\d\.conv|attentions\.\d\..*(to_|proj|net)", k)]
+    assert len(adapted) > 700
+    for k in adapted: assert f"{original_name(k.removesuffix('.weight'), 2)}.weight" == unet_name(k, 2, crossed)

@@ -124,7 +124,7 @@ def naming_weights(
     except (OSError, ValueError, SafetensorError) as e: raise missing_weights(name, e) from None
 
 # %% ../../nbs/images/10_models.ipynb #3e629cd4
-_TALKATIVE = ("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+_TALKATIVE = ("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "diffusers.models.modeling_utils",
               "transformers.tokenization_utils_base", "huggingface_hub")
 
 def quiet_libraries():
@@ -167,6 +167,7 @@ def _read_file(cls, name, dtype, **more):
     config = where_configured(name)
     given = more if config == name else more | dict(config=config)
     try: model = cls.from_single_file(name, torch_dtype=dtype, **given)
+    except NotImplementedError: raise InputError(f"{name}: a weight is not in it; get the file again") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError,
             SingleFileComponentError) as e: raise missing_weights(name, e) from None
     _check_whole(name, model)
