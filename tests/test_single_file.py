@@ -140,10 +140,10 @@ def test_names_of_sdxl_for_other_programs():
     from mhrlhf.proof.export import original_name
     config = read_shape("sdxl")["unet"]
     with torch.device("meta"): unet = UNet2DConditionModel.from_config(config)
-    names = [f"{name}.weight" for name, layer in unet.named_modules() if getattr(layer, "weight", None) is not None]
+    names = [name for name, _ in unet.named_parameters()]
     crossed = {i for i, block in enumerate(unet.up_blocks) if hasattr(block, "attentions")}
     written = {f"model.diffusion_model.{unet_name(k, 2, crossed)}": k for k in names}
     assert convert_ldm_unet_checkpoint(written, config) == {k: k for k in names}
-    adapted = [k for k in names if re.search(r"resnets\.\d\.conv|attentions\.\d\..*(to_|proj|net)", k)]
+    adapted = [k for k in names if re.search(r"resnets\.\d\.conv.*weight|attentions\.\d\..*(to_|proj|net).*weight", k)]
     assert len(adapted) > 700
     for k in adapted: assert f"{original_name(k.removesuffix('.weight'), 2)}.weight" == unet_name(k, 2, crossed)
