@@ -41,8 +41,10 @@ ANY = TEXT | WORD
 
 def mostly(good, other, share=5): return st.integers(0, share).flatmap(lambda i: good if i else other)
 
-RATING = mostly(st.sampled_from(["", "7", "0", "10", "7.5"]), st.sampled_from(["7", "0", "10", "7,5", "7.5", " 7 ", "٧", "٧٫٥", "７", "11", "-1", "1_0", "1e1", "nan",
-                          "inf", "8/10", "07.Mai", "7 # nice", '"8"', "good", "²", "7.", "x" * 40]) | TEXT)
+RATING = mostly(
+    st.sampled_from(["", "7", "0", "10", "7.5"]),
+    st.sampled_from(["7,5", " 7 ", "٧", "٧٫٥", "７", "11", "-1", "1_0", "1e1", "nan", "inf", "8/10", "07.Mai",
+                     "7 # nice", '"8"', "good", "²", "7.", "x" * 40]) | TEXT)
 PERSON = mostly(st.sampled_from(["ann", "bob"]),
                 st.sampled_from(["Ann", " ann ", "Rene\u0301", "René", "J.\u00a0Doe", "", "\u200b"]) | TEXT)
 PATH = mostly(st.sampled_from([*IMAGES]), st.sampled_from(
