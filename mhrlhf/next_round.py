@@ -183,7 +183,7 @@ def work_in_group(
         with plain_faults(), one_thread(str(device)):
             work(plan, [tasks[i] for i in todo], store, rank, world, show, within=_tuned(settings.model))
     finally:
-        if rank: leave(store)  # also with a fault
+        leave(store, rank)  # also with a fault
         if world > 1: torch.distributed.destroy_process_group()
 
 # %% ../nbs/81_next_round.ipynb #e54ada02

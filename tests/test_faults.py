@@ -237,6 +237,21 @@ def test_another_run_in_the_same_folder_is_told_to_wait(tmp_path, monkeypatch):
     with FileLock(settings.images/".lock", is_singleton=False):
         with pytest.raises(InputError, match="another run is making images here"): generate.run(settings)
 
+def test_worker_0_hangs(tmp_path, loaded, monkeypatch):
+    "It has taken a batch: the other worker makes the rest, waits, says so, and the same command goes on."
+    from torch.distributed import HashStore
+    monkeypatch.setattr(queue, "PATIENCE", .3)
+    monkeypatch.setattr(queue, "_PATIENT_BATCHES", 0)
+    settings, store = small(tmp_path, 4), HashStore()
+    plan = make_plan(settings)
+    generate.prepare(plan)
+    queue.Queue(store, len(plan.tasks), plan.sampling.batch).claim()
+    with pytest.raises(RuntimeError, match="hangs or is gone: nothing for 0 s, 2 images of 8 are missing"):
+        queue.work(plan, plan.tasks, store, rank=1, world=2)
+    assert len(pixels(tmp_path)) == 6
+    assert generate.run(settings) == 0
+    assert_whole(settings)
+
 # kill -9 at random moments -----------------------------------------------------------------------------------
 
 def start_workers(settings):

@@ -1,5 +1,5 @@
 """The panel as a web page: `serve` starts a real Voilà, a real browser opens it, says who it is and rates."""
-import os, signal, subprocess, sys
+import json, os, re, signal, subprocess, sys
 
 import pytest
 
@@ -86,6 +86,31 @@ def ask(opener, address):
             return answer.status, answer.url, answer.read().decode("utf-8", "replace")
     except HTTPError as e: return e.code, e.url, ""
 
+def opened(address, place, jar=()):
+    "A WebSocket, opened with somebody's cookies; the status of the answer if it is refused."
+    import websocket   # of jupyter_server
+    cookies = "; ".join(f"{c.name}={c.value}" for c in jar)
+    try: return websocket.create_connection(address.replace("http", "ws") + place, timeout=120, cookie=cookies)
+    except websocket.WebSocketBadStatusException as refused: return refused.status_code
+
+def kernel_of(page): return re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", page)[0]
+
+def check_sockets(folder, address, pages, jars):
+    "Only one's own kernel is reached, and it takes no code."
+    ann, bob = (f"/api/kernels/{kernel_of(page)}/channels" for page in pages)
+    strange = "/api/kernels/12345678-1234-1234-1234-123456789abc/channels"
+    assert opened(address, ann) in (401, 403) and opened(address, strange, jars[0]) in (403, 404)
+    assert opened(address, bob, jars[0]) == opened(address, ann, jars[1]) == 403
+    own = opened(address, ann, jars[0])
+    for kind, content in (("execute_request", dict(code="open('made', 'w')", silent=False)),
+                          ("kernel_info_request", {})):
+        header = dict(msg_id=kind, username="ann", session="s", msg_type=kind, version="5.3")
+        own.send(json.dumps(dict(header=header, parent_header={}, metadata={}, content=content, channel="shell")))
+    heard = []
+    while "kernel_info_reply" not in heard: heard.append(json.loads(own.recv())["msg_type"])
+    own.close()
+    assert "execute_reply" not in heard and not list(folder.rglob("made"))
+
 def test_only_invited_people_come_in_and_nothing_else_is_served(guarded):
     from http.cookiejar import CookieJar
     from urllib.request import HTTPCookieProcessor, build_opener
@@ -93,7 +118,10 @@ def test_only_invited_people_come_in_and_nothing_else_is_served(guarded):
     folder, address, (ann, bob), log = guarded
     picture = next(folder.glob("data/images/*/*.png")).relative_to(folder)
     places = ["/voila/files/rating.ipynb", f"/voila/files/{picture}", f"/{picture}", "/voila/render/rating.ipynb",
-              "/voila/files/data/generated.csv", "/api/kernels", "/api/contents", "/voila/tree"]
+              "/voila/files/data/generated.csv", "/api/kernels", "/api/contents", "/voila/tree",
+              "/api/contents/data/generated.csv", "/files/data/generated.csv", "/voila/static/../../data/generated.csv",
+              "/api/sessions", "/api/terminals", "/terminals/1", "/terminals/websocket/1", "/notebooks/rating.ipynb",
+              "/nbconvert/html/rating.ipynb", "/tree", "/lab", "/doc/tree/rating.ipynb", "/api/kernelspecs"]
     stranger, guest = build_opener(), build_opener(HTTPCookieProcessor(CookieJar()))
     for query in "", "?rater=ann", "?token=ann", "?token=" + bob[::-1]:
         assert "/login" in ask(stranger, f"{address}/{query}")[1]
@@ -103,6 +131,10 @@ def test_only_invited_people_come_in_and_nothing_else_is_served(guarded):
     status, _, text = ask(guest, f"{address}/?token={ann}&rater=bob")
     assert status == 200 and "voila" in text.lower() and "invitations.json" not in text
     for place in places: assert ask(guest, address + place)[0] in (403, 404), place
+    jars = CookieJar(), CookieJar()
+    pages = [ask(build_opener(HTTPCookieProcessor(jar)), f"{address}/?token={secret}")[2]
+             for jar, secret in zip(jars, (ann, bob))]
+    check_sockets(folder, address, pages, jars)
     withdraw(folder / "data/invitations.json", "ann")
     for opener in stranger, guest: assert "/login" in ask(opener, f"{address}/?token={ann}")[1]
     assert ann not in log.read_text() and bob not in log.read_text()

@@ -35,9 +35,14 @@ _LARGEST = {  # knob -> the largest number that makes sense; none may be infinit
     "steps": 1000, "watch_steps": 1000,                      # noise levels of a schedule
     "min_timestep": 999, "max_timestep": 999,                # the last of them
     "width": 16384, "height": 16384,                         # pixels
+    "guidance_scale": 100, "guide": 1000, "strength": 1000,  # far beyond what still gives pictures
+    "cache_every": 1000, "batch": 65536, "processes": 1024,
+    "lr": 1, "weight_decay": 1, "rate": 100, "beta": 1e9, "soft_minimum": 1000,
+    "hidden": 65536, "rank": 65536, "members": 1000, "folds": 1000, "simulate": 10_000,
     "port": 65535, "panel_port": 65535,                      # TCP
     "seed": 2 ** 63 - 1,                                     # what a generator takes
 }
+_MOST = 10 ** 9  # of all other numbers: counts of images, prompts and updates
 _SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
 # %% ../../nbs/core/02_settings.ipynb #50a36b1b
@@ -45,10 +50,10 @@ def _out_of_range(name, value):
     "What is needed instead of a number that is too small or too large, or an empty text."
     if not isinstance(value, (int, float)): return ""
     if name in ("width", "height") and value % _SIDE: return f"a multiple of {_SIDE} is needed"
-    least, most = _SMALLEST.get(name, 0), _LARGEST.get(name, math.inf)
+    least, most = _SMALLEST.get(name, 0), _LARGEST.get(name, _MOST)
     if not value >= least: return f"{least} or more is needed"
-    if value > most: return f"{most} or less is needed"
-    return "a number with an end is needed" if value == math.inf else ""
+    if value == math.inf: return "a number with an end is needed"
+    return f"{most:g} or less is needed" if value > most else ""
 
 # %% ../../nbs/core/02_settings.ipynb #9bb72910
 class Settings:
@@ -462,12 +467,13 @@ def load_settings(
     for key, (text, section) in values.items():
         try:
             if key not in known: raise ValueError(f"no such knob; did you mean {_guess(key, known)}?")
+            if "\n" in text: raise ValueError("an indented line was read as its end; begin every line at the margin")
             name = _field(key, stage, values)
             if name not in kinds: continue
             chosen[name] = _convert(text, kinds[name])
             if why := _out_of_range(name, chosen[name]): raise ValueError(why)
         except ValueError as e:
-            raise InputError(f"{path}:{_line_of(path, key, section)}: {key} = {text}: {e}") from None
+            raise InputError(f"{path}:{_line_of(path, key, section)}: {key} = {' '.join(text.split())}: {e}") from None
     return STAGES[stage](**(chosen | overrides))
 
 # %% ../../nbs/core/02_settings.ipynb #0de044e6

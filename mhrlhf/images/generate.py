@@ -140,7 +140,7 @@ def work_in_group(
             plan, missing = share_missing(settings, device, store, rank, say)
             if len(missing): work(plan, [plan.tasks[i] for i in missing], store, rank, world, show)
     finally:
-        if rank: leave(store)  # also with a fault
+        leave(store, rank)  # also with a fault
         if world > 1: torch.distributed.destroy_process_group()
     return plan
 

@@ -7,13 +7,14 @@ __all__ = ['GB', 'estimate_memory', 'estimate_update', 'memory_note']
 
 # %% ../../nbs/images/12_memory.ipynb #3f0f2462
 from contextlib import contextmanager
+from pathlib import Path
 import weakref
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 import torch
 
-from .models import naming_weights, where_is
+from .models import naming_weights, where_configured
 from .sampler import first_batch
 
 # %% ../../nbs/images/12_memory.ipynb #1d3bd1c3
@@ -71,12 +72,12 @@ def _image_network(name, subfolder=None):
     "A UNet or VAE from its configuration; which class it is stands there."
     import diffusers
     with naming_weights(name):
-        config = diffusers.UNet2DConditionModel.load_config(where_is(name), subfolder=subfolder)
+        config = diffusers.UNet2DConditionModel.load_config(where_configured(name), subfolder=subfolder)
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 def _text_network(name, subfolder, cls):
     from transformers import CLIPTextConfig
-    with naming_weights(name): return cls(CLIPTextConfig.from_pretrained(where_is(name), subfolder=subfolder))
+    with naming_weights(name): return cls(CLIPTextConfig.from_pretrained(where_configured(name), subfolder=subfolder))
 
 def _on_meta(pipeline, vae, dtype):
     "The networks of a pipeline without their weights: UNet, VAE and the two text encoders."
@@ -161,9 +162,9 @@ def memory_note(
     device: torch.device,
     dtype: torch.dtype,
     vae: str = "",         # see `load_pipeline`
-) -> str:                  # "" on a CPU
+) -> str:                  # "" on a CPU, or for a model in one file without its configuration beside it
     "What sampling will need of the GPU's memory, and what is free."
-    if device.type != "cuda": return ""
+    if device.type != "cuda" or Path(where_configured(pipeline)).is_file(): return ""
     batch = first_batch(sampling.batch, device)
     need = estimate_memory(sampling, batch, pipeline, device, dtype, vae)["total"]
     free = torch.cuda.mem_get_info(device)[0] / GB

@@ -9,7 +9,7 @@ __all__ = ['METADATA_COLUMNS', 'PART', 'read_metadata', 'known_rows', 'append_ro
 # %% ../../nbs/images/14_metadata.ipynb #6752ce29
 from datetime import datetime, timezone
 from pathlib import Path
-import csv, fcntl, io, json, os, struct, zlib
+import csv, fcntl, io, json, os, re, struct, zlib
 
 from PIL import Image, PngImagePlugin
 import numpy as np
@@ -50,8 +50,13 @@ def _read_rows(path):
     faults = []
     rows = parse_table(path, decode_text(path, content), _NEEDED, faults)
     faults += [row.fault(c, "must not be empty") for row in rows for c in _NEEDED if not row[c]]
+    faults += [row.fault("seed", "a whole number is needed, or nothing") for row in rows if not _is_seed(row)]
     raise_faults([*faults, *_two_prompts(rows)])
     return rows
+
+_SEED = re.compile(r"([0-9]{1,18}(\.0*)?)?")  # 1.0 as well: a spreadsheet or pandas wrote it
+
+def _is_seed(row): return bool(_SEED.fullmatch(row.get("seed")))
 
 def _two_prompts(rows):
     "Images that two rows give to different prompts."

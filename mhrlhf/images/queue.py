@@ -77,23 +77,28 @@ def figures(self: Queue,
     return dict(done=sum(each), total=self.tasks, each=each, failed=self.add("failed"), seconds=time.time() - began)
 
 # %% ../../nbs/images/15_queue.ipynb #b5a2c95d
-PATIENCE = 120.        # seconds that worker 0 waits for a sign of life, at least
+PATIENCE = 120.        # seconds that a worker waits for a sign of life of the others, at least
 _PATIENT_BATCHES = 10  # and as long as so many of its own batches took
 _LOOK_EVERY = .2       # seconds
 
 def leave(
-    store,  # of the workers
+    store,      # of the workers
+    rank: int,  # of this worker
 ):
-    "Tell worker 0 that another one ends."
-    Queue(store, 0, 1).add("left", 1)
+    "Tell the others that this worker makes no more images."
+    Queue(store, 0, 1).add("left" if rank else "left by 0", 1)
 
-def _await_others(queue, world, began, show, patience):
-    "Wait until every other worker has left. Raises `RuntimeError` when nothing has come from them for too long."
+def _all_left(queue, rank, world):
+    "Whether nobody is waited for: worker 0 waits for all others, they for worker 0."
+    return queue.add("left by 0") > 0 if rank else queue.add("left") >= world - 1
+
+def _await_others(queue, rank, world, began, show, patience):
+    "Wait until the others have left. Raises `RuntimeError` when nothing has come from them for too long."
     done, heard = -1, time.time()
-    while queue.add("left") < world - 1:
+    while not _all_left(queue, rank, world):
         time.sleep(_LOOK_EVERY)
         now = queue.figures(world, began)
-        show(now)
+        if show: show(now)
         if now["done"] != done: done, heard = now["done"], time.time()
         if time.time() - heard > patience: raise RuntimeError(_gone(now, patience))
 
@@ -217,7 +222,8 @@ def work(
             queue.add("failed", len(batch) - sound)
             queue.add(f"done/{rank}", len(batch))
             if show: show(queue.figures(world, began))
-    if show: _await_others(queue, world, began, show, max(PATIENCE, _PATIENT_BATCHES * slowest))
+    if rank == 0: leave(store, rank)
+    if rank or show: _await_others(queue, rank, world, began, show, max(PATIENCE, _PATIENT_BATCHES * slowest))
     if sampler.device.type == "cuda": say(_peak_note(sampler))
 
 def _peak_note(sampler):

@@ -40,6 +40,7 @@ def _silent_diffusers():
 # %% ../../nbs/proof/60_inference.ipynb #caa8f3a6
 _SHOWN = 150  # characters of a library's error message
 _PLACES = "unet.", "text_encoder", "lora_unet_", "lora_te"  # how the names of weights begin: diffusers' and kohya's
+_WHOLE = "model.diffusion_model."  # and those of a UNet in the first release's files
 
 def _no_model(model):
     return InputError(f"{model}: no tuned model here ({ADAPTER_FILE} is missing); train one with mhrlhf train-dspo, "
@@ -61,6 +62,8 @@ def adapter_file(
 def _unet_names(file):
     "The names of an adapter's weights for the UNet. Raises `InputError` if one belongs to another part."
     with safe_open(file, "pt") as f: names = list(f.keys())
+    if any(name.startswith(_WHOLE) for name in names):
+        raise InputError(f"{file}: is a whole model, no adapter; name it with --pipeline")
     strange = [name for name in names if not name.startswith(_PLACES)]
     found = [name for name in names if name.startswith(("unet.", "lora_unet_"))]
     if strange or not found:

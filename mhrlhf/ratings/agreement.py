@@ -10,6 +10,7 @@ __all__ = ['RATE_TWICE', 'OVERLAP_MORE', 'LEVEL', 'FALSE_ALARM', 'SMALL', 'TARGE
 
 # %% ../../nbs/ratings/35_agreement.ipynb #4f8c566f
 from dataclasses import dataclass
+from html import escape
 import math
 
 from fastcore.basics import patch
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .simulated import is_simulated
-from .store import aspect_order
+from .store import alike, aspect_order
 
 # %% ../../nbs/ratings/35_agreement.ipynb #a1f52805
 @dataclass(frozen=True)
@@ -444,7 +445,7 @@ def _repr_html_(self: Agreement):
     if len(self.table):
         parts += [t.rename_axis(None).to_html(border=0) for t in (self.shown(), self.correlations())]
         parts.append(f"<p>{_EXPLAIN}.</p>")
-    return "".join(parts + [f"<p>{line}</p>" for line in self._said()])
+    return "".join(parts + [f"<p>{escape(line)}</p>" for line in self._said()])
 
 # %% ../../nbs/ratings/35_agreement.ipynb #b65b0465
 def _pipes(table):
@@ -472,6 +473,12 @@ def _by_reml(tidy, aspect, moments):
     return (f"{aspect}: small and incomplete ({len(tidy)} of {cells} cells): one rater, ICC(2,1), is {moments:.2f} by "
             f"moments and {reml(tidy)[0]:.2f} by REML")
 
+def _one_person(tidy):
+    "A question for each few raters whose names differ in capital letters only."
+    for names in alike(tidy.rater):
+        yield (f"{', '.join(names)}: one person? They count as {len(names)}; if they are one, write the name alike in "
+               "the sheets, and withdraw what stands under the other")
+
 def agreement(
     tidy: pd.DataFrame,      # ratings
     target: float = TARGET,  # agreement that the mean of the raters should reach
@@ -481,8 +488,8 @@ def agreement(
     for aspect in aspect_order(tidy.aspect.unique()):
         try: rows[aspect] = aspect_agreement(tidy[tidy.aspect == aspect], target)
         except CannotTell as e: messages[aspect] = str(e)
-    remarks = tuple(_by_reml(tidy[tidy.aspect == a], a, row["icc_2_1"]) for a, row in rows.items())
+    remarks = [_by_reml(tidy[tidy.aspect == a], a, row["icc_2_1"]) for a, row in rows.items()]
     if not len(tidy): messages["all aspects"] = "no ratings yet; rate images in the panel, or fill in the sheet"
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS).rename_axis("aspect")
     return Agreement(table, messages, tidy.rater.nunique(), bool(is_simulated(tidy)), target,
-                     tuple(filter(None, remarks)))
+                     (*filter(None, remarks), *_one_person(tidy)))

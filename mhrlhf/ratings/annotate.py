@@ -28,7 +28,7 @@ from .raters import panel_report
 from .sheets import import_sheet, write_ratings_csv, write_template
 from .simulated import SIMULATED, simulated_panel, simulated_raters
 from mhrlhf.ratings.store import (
-    RatingStore, alike, parse_number, project_scale, read_assignment, shown_url, write_assignment,
+    RatingStore, parse_number, project_scale, read_assignment, shown_url, write_assignment,
 )
 
 # %% ../../nbs/ratings/39_annotate.ipynb #fe39a9b2
@@ -231,9 +231,6 @@ def _report(tidy, images, store):
     print(f"\n{tidy.rater.nunique()} raters, {len(tidy):,} ratings in {shown_url(store.engine.url)}\n"
           f"{completeness(tidy, images).round(1)}\n")
     if len(tidy): print(agreement(tidy))
-    for names in alike(tidy.rater):
-        print(f"{', '.join(names)}: one person? They count as {len(names)}; if they are one, write the name alike in "
-              "the sheets, and withdraw what stands under the other")
 
 def _tell(faults):
     if not faults: return 0

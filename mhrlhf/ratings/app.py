@@ -205,6 +205,19 @@ def _provider(invitations):
             return user if user and user.username in invited(invitations) else None
     return Invited
 
+def _authorizer(invitations):
+    "Voilà's authorizer for invited people."
+    from jupyter_server.auth.authorizer import Authorizer
+    class OwnKernel(Authorizer):
+        "Lets raters reach the kernel of their own page only."
+        def is_authorized(self, handler, user, action, resource):
+            if "kernel_id" not in handler.path_kwargs: return True
+            kernels, id = handler.kernel_manager, handler.path_kwargs["kernel_id"]
+            if id not in kernels: return False
+            opened_by = kernels.get_kernel(id)._launch_args["env"]["QUERY_STRING"]  # the page's address
+            return _guest(opened_by, invitations) == user.username
+    return OwnKernel
+
 def voila_for_panel(
     options: list,     # of `serve_options`
     invitations=None,  # JSON of invited people; None: everybody who reaches the address
@@ -213,7 +226,9 @@ def voila_for_panel(
     from voila.app import Voila
     for name in ("tornado.access", "tornado.application", "tornado.general"):
         logging.getLogger(name).addFilter(_without_secrets)
-    guarded = {} if invitations is None else dict(identity_provider_class=_provider(invitations))
+    guarded = {}
+    if invitations is not None:
+        guarded = dict(identity_provider_class=_provider(invitations), authorizer_class=_authorizer(invitations))
     Voila.launch_instance(argv=options, **guarded)
 
 # %% ../../nbs/ratings/34_app.ipynb #01b08bf0

@@ -68,7 +68,7 @@ class Annotation(NamedTuple):
 def _person(value):
     "Label Studio names people by number, or by an object with their e-mail."
     if isinstance(value, dict): value = value.get("email") or value.get("id")
-    return "" if value is None else str(value)
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
 
 def _text(value):
     "A remark's value: Label Studio gives a list of lines, Argilla and JSON_MIN a text."
@@ -83,13 +83,18 @@ class Stars(NamedTuple):
     "An answer of a <Rating>."
     value: object
 
+def _holds(said):
+    "Whether anything stands in a field."
+    if isinstance(said, dict): said = list(said.values())
+    return any(map(_holds, said)) if isinstance(said, list) else said not in (None, "")
+
 def _values(said):
-    "All that stands in a field: 7, '7', {'rating': 7}, {'choices': ['7']}, or a list of those."
+    "All that stands in a field: 7, '7', {'rating': 7}, {'choices': ['7']}, or a list of those; else the field itself."
     if isinstance(said, list): return [v for part in said for v in _values(part)]
-    if isinstance(said, dict):
-        found = [(kind, v) for kind in _KINDS if kind in said for v in _values(said[kind])]
-        return [Stars(v) if kind == "rating" and not isinstance(v, Stars) else v for kind, v in found]
-    return [] if said is None else [said]
+    kinds = [kind for kind in _KINDS if kind in said] if isinstance(said, dict) else []
+    found = [(kind, v) for kind in kinds for v in _values(said[kind])]
+    if kinds: return [Stars(v) if kind == "rating" and not isinstance(v, Stars) else v for kind, v in found]
+    return [said] if _holds(said) else []
 
 # %% ../../nbs/ratings/38_exchange.ipynb #c0bc7f00
 def _is_asked(name, value):
@@ -141,7 +146,7 @@ def _from_argilla(record):
     "The answers of a record, person by person."
     said = {}
     for question, answers in record["responses"].items():
-        for r in answers: said.setdefault(str(r["user_id"]), []).append((question, r["value"]))
+        for r in answers: said.setdefault(_person(r["user_id"]), []).append((question, r["value"]))
     for person, own in said.items():
         answers = [(k, v) for k, v in own if k not in TEXTS]
         texts = {k: _text(v) for k, v in own if k in TEXTS}
@@ -184,9 +189,8 @@ def _checked(aspect, value, scale, few_stars):
         value = value.value
         if few_stars and value is not None: raise ValueError(_why_few(value, scale))
     if aspect not in (*NAMES, OVERALL): raise ValueError(f"no such aspect; there are: {', '.join(NAMES)}")
-    if isinstance(value, bool): value = str(value)
-    text = format(value, "f") if isinstance(value, float) else str("" if value is None else value)
-    try: return parse_rating(text, scale)
+    if type(value) in (int, float) and value in scale: return float(value)
+    try: return parse_rating(str("" if value is None else value), scale)
     except ValueError as e: raise ValueError(f"value {value!r}: {e}") from None
 
 def _why_few(value, scale):

@@ -140,7 +140,7 @@ def _cell_rating(row, column, faults, scale):
 def _row_ratings(row, columns, images, rater, faults, scale):
     "The ratings of one row as dicts with their place."
     row = replace(row, values=_without_comment(row.values, columns))
-    if not any(row[c] for c in columns): return []
+    if not any(row.get(c) for c in (*columns, *REMARK_KINDS)): return []
     try: whose = _whose(row, images, rater)
     except ValueError as e:
         column, _, why = e.args
@@ -152,6 +152,8 @@ def _row_ratings(row, columns, images, rater, faults, scale):
             for c, value in values.items() if value is not None]
 
 # %% ../../nbs/ratings/31_sheets.ipynb #1de19ff7
+def _asked(answer): return answer["rater"], answer["image_path"], answer["aspect"]
+
 def _contradiction(answer, other):
     return (f"{answer['place']}, value {answer['value']:g}: contradicts {other['where']} ({other['value']:g}) "
             "of the same rater and image; neither is taken: delete one of them, or name different raters")
@@ -163,16 +165,15 @@ def without_contradictions(
     notes: list = None,  # gets the answers that stand there twice and are the same
 ) -> pd.DataFrame:  # tidy, with what else the dicts have
     "Answers of the same rater about the same thing count once, and not at all if they differ."
-    first, bad = {}, set()
+    said, good = {}, []  # (rater, image, aspect) -> its answers
+    for answer in found: said.setdefault(_asked(answer), []).append(answer)
     for answer in found:
-        key = answer["rater"], answer["image_path"], answer["aspect"]
-        other = first.setdefault(key, answer)
-        if other is not answer and notes is not None and other["value"] == answer["value"]:
-            notes.append(f"{answer['place']}: stands in {other['where']} already, with the same value; counted once")
-        if other["value"] == answer["value"]: continue
-        bad.add(key)
-        faults.append(_contradiction(answer, other))
-    good = [answer for key, answer in first.items() if key not in bad]
+        first, others = said[_asked(answer)][0], [a for a in said[_asked(answer)] if a["value"] != answer["value"]]
+        if answer is first:
+            if not others: good.append(answer)
+        elif others: faults.append(_contradiction(answer, others[0]))
+        elif notes is not None:
+            notes.append(f"{answer['place']}: stands in {first['where']} already, with the same value; counted once")
     return pd.DataFrame(good).drop(columns=["place", "where"]) if good else pd.DataFrame(columns=list(TIDY))
 
 # %% ../../nbs/ratings/31_sheets.ipynb #147d2d46

@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'UNCERTAINTY', 'UNSOUND', 'TRAIN_AGAIN', 'RESTORE', 'NEEDE
 
 # %% ../../nbs/reward/45_model.ipynb #732ae38e
 from pathlib import Path
-import hashlib, math, os, shutil, time
+import hashlib, os, shutil, time
 
 from fastcore.basics import patch
 from filelock import FileLock
@@ -204,12 +204,16 @@ def _check_for_us(folder, info, aspects):
                          f"{', '.join(aspects)}; use a model made for these or {TRAIN_AGAIN}")
 
 # %% ../../nbs/reward/45_model.ipynb #4b0e42f2
+_LEAST, _MOST = 1e-6, 1e6  # what is divided by, and anything else; beyond, single precision ends in no number
+
 def _is_sound(name, values, size):
-    "Whether these are finite numbers, one per aspect, and not negative where that cannot be."
+    "Whether these are finite numbers, one per aspect, and not zero or negative where that cannot be."
     try: v = np.asarray(values, float)
     except (TypeError, ValueError, OverflowError): return False
-    may_be_negative = name in ("rating_mean", "mean")
-    return v.shape == (size,) and np.isfinite(v).all() and (may_be_negative or (v >= 0).all())
+    if v.shape != (size,) or not (np.abs(v) <= _MOST).all(): return False
+    if name in ("rating_mean", "mean"): return True
+    if name == "weights": return (v >= 0).all() and v.any()
+    return (v >= (_LEAST if name == "std" else 0)).all()
 
 # %% ../../nbs/reward/45_model.ipynb #edc154e0
 def _damage(info):
@@ -221,7 +225,8 @@ def _damage(info):
     for k in (*NUMBERS, *UNCERTAINTY):
         if k in info and not _is_sound(k, info[k], size): return f"{k} = {info[k]} are not {size} fitting numbers"
     coldest = info.get("soft_minimum", 0)
-    return None if 0 <= coldest < math.inf else f"soft_minimum = {coldest} must be 0 or above"
+    sound = coldest == 0 or _LEAST <= coldest <= _MOST
+    return None if sound else f"soft_minimum = {coldest} must be 0 or above, and not more than {_MOST:g}"
 
 # %% ../../nbs/reward/45_model.ipynb #a6c8c71a
 def _are_texts(values): return all(isinstance(v, str) for v in values)
