@@ -54,7 +54,7 @@ _DPI = 90  # of contact sheets
 # %% ../../nbs/proof/68_report.ipynb #b721bffc
 _STYLE = ("body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em;line-height:1.4}"
           "td,th{padding:2px 8px;text-align:right}th:first-child,td:first-child{text-align:left}"
-          "img{max-width:100%}.yes{color:#06752b}.no{color:#b00020}details{margin:.5em 0}")
+          "tbody th{font-weight:normal}img{max-width:100%}.yes{color:#06752b}.no{color:#b00020}details{margin:.5em 0}")
 _ALLOWED = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MADE_BY = "<meta name='generator' content='mhrlhf report'>"
 
@@ -123,9 +123,9 @@ def _json_of(folder, name):
     return read_json(path) if path.exists() else None
 
 def _pictures(folder, *names):
-    "Pictures of a stage that are there."
+    "Pictures of a stage that are there, side by side where the window is wide enough."
     paths = [Path(folder) / f"{name}.png" for name in names]
-    return "".join(f"<p>{picture_html(p, p.stem)}</p>" for p in paths if p.exists())
+    return f"<p>{' '.join(picture_html(p, p.stem) for p in paths if p.exists())}</p>"
 
 def _settings_html(settings):
     if not settings: return ""
@@ -238,7 +238,8 @@ def report_html(
     rests_on = [_sqlite_file(settings.database), settings.metadata, Path(settings.reward_model) / "reward_model.json",
                 Path(settings.model) / "pytorch_lora_weights.safetensors"]
     if about: rests_on.append(about.get("settings", {}).get("prompts", ""))
-    used = table_html(versions()), table_html(file_hashes(p for p in rests_on if str(p)))
+    hashes = file_hashes(p for p in rests_on if str(p))
+    used = table_html(versions()), table_html(hashes) if len(hashes) else ""
     return page("From ratings to a tuned image model", "\n".join([
         section("What was asked", _checklist_html(metrics, about)), _evaluation(settings, about),
         _portfolio(settings) if about else "", _raters(settings), _reward(settings, metrics),
