@@ -7,8 +7,8 @@ and written as it comes. --rehearse runs the same sections on the pocket and the
 
 With --cpu the workflow's commands, one after the other, in full size or --thin, with the seconds and the memory that
 each takes: generate, annotate (the sheet filled with RANDOM ratings), train-reward, score, train-dspo with each
-objective and a resumed run, evaluate by the heads, inference at half the tuning. Weights and results go to --folder;
-in full size 24 GB of memory and 10 GB of disk are needed."""
+objective and a resumed run, evaluate by the heads, inference at half the tuning, export for other programs. Weights
+and results go to --folder; in full size 24 GB of memory and 10 GB of disk are needed."""
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
@@ -546,6 +546,7 @@ database = sqlite:///ratings.db
 reward_model = reward
 train-reward.output = reward
 cache = features
+score.output = scores.csv
 opposites = none
 folds = 2
 epochs = 4
@@ -593,7 +594,8 @@ def workflow_commands():
     others = [[*tune, f"dspo-{name}", "--objective", name] for name in OBJECTIVES[1:]]
     return [["generate"], ["annotate"], rate_at_random, ["annotate"], ["train-reward"], ["score", "generated.csv"],
             [*tune, "dspo"], [*tune, "dspo", "--updates", "3"], *others, ["evaluate"],
-            ["inference", "--prompt", PROMPTS[0], "--strength", "0.5"]]
+            ["inference", "--prompt", PROMPTS[0], "--strength", "0.5", "--batch", "1"],
+            ["export", "--output", "kohya.safetensors"]]
 
 CHOSEN = ["--profile", "shapes", "--settings", "settings.ini"]
 MHRLHF = [sys.executable, "-c", "import sys; from mhrlhf.cli import main; sys.exit(main())"]
