@@ -329,7 +329,7 @@ class Run:
     def __init__(self, folder):
         self.images = folder/"data/images"
         # some seconds of work: it must not end before it is killed
-        options = ["--limit", "48", "--steps", "12", "--batch", "2", "--processes", "2"]
+        options = ["--limit", "32", "--steps", "12", "--batch", "2", "--processes", "2"]
         self.process = subprocess.Popen([*map(str, COMMAND), *options], cwd=folder, text=True, start_new_session=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
     def count(self): return len(list(self.images.glob("*/*.png")))
@@ -365,11 +365,11 @@ def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
     os.kill(min(new), signal.SIGKILL)
     code, out, err = run.end()
     assert code == 0, out + err
-    assert out.count("starting workers again for the") == 2 and "96 of 96 images are in data/images" in out
+    assert out.count("starting workers again for the") == 2 and "64 of 64 images are in data/images" in out
     assert "Traceback" not in err + out
     gone(family)
     monkeypatch.chdir(tmp_path)
-    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=48))
+    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=32))
 
 def test_the_command_is_killed_at_random_moments(tmp_path, monkeypatch):
     "From the start-up on: the command alone, whose workers end by themselves, or all at once, as a power cut does."
@@ -386,7 +386,7 @@ def test_the_command_is_killed_at_random_moments(tmp_path, monkeypatch):
     code, out, err = Run(tmp_path).end()
     assert code == 0, out + err
     monkeypatch.chdir(tmp_path)
-    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=48))
+    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=32))
 
 def test_workers_that_always_die_end_the_run(tmp_path, monkeypatch, capsys):
     "A clear message and a code that is not zero, instead of starting again for ever."
