@@ -7,8 +7,8 @@ and written as it comes. --rehearse runs the same sections on the pocket and the
 
 With --cpu the workflow's commands, one after the other, in full size or --thin, with the seconds and the memory that
 each takes: generate, annotate (the sheet filled with RANDOM ratings), train-reward, score, train-dspo with each
-objective and a resumed run, evaluate by the heads, inference at half the tuning. Weights and results go to --folder;
-in full size 24 GB of memory and 10 GB of disk are needed."""
+objective and a resumed run, evaluate by the heads, inference at half the tuning, export for other programs. Weights
+and results go to --folder; in full size 24 GB of memory and 10 GB of disk are needed."""
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ GUIDANCE = 5.
 PROMPTS = ["an oil painting of a lighthouse in a storm", "a marble bust of an old man", "a woodcut of a heron",
            "a fresco of a harvest", "an etching of a cathedral", "a watercolour of a harbour", "a mosaic of a peacock",
            "a charcoal drawing of a dancer"]
+HELDOUT = ["a pastel of a bridge in the fog", "a bronze relief of a horse"]  # nothing is learned from their images
 
 # What is found, and the sections that find it ----------------------------------------------------------------
 
@@ -546,6 +547,7 @@ database = sqlite:///ratings.db
 reward_model = reward
 train-reward.output = reward
 cache = features
+score.output = scores.csv
 opposites = none
 folds = 2
 epochs = 4
@@ -562,6 +564,7 @@ model = dspo
 judged_by = heads
 evaluate.prompts = heldout.csv
 evaluate.output = evaluation
+evaluate.batch = 2
 inference.output = pictures
 """
 
@@ -571,7 +574,7 @@ def prepare_study(folder, side, thin):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline, backbone = full_shape(folder / "weights", thin)
-    for name, prompts in (("prompts", PROMPTS), ("heldout", PROMPTS[:2])):
+    for name, prompts in (("prompts", PROMPTS), ("heldout", HELDOUT)):
         table = pd.DataFrame(dict(prompt_id=[f"{name[0]}{i}" for i in range(len(prompts))], prompt=prompts))
         table.to_csv(folder / f"{name}.csv", index=False)
     seeds = -(-40 // len(PROMPTS))  # 40 images are the fewest of which heads are learned
@@ -590,10 +593,11 @@ def rate_at_random(sheet="sheet.csv"):
 def workflow_commands():
     "The user's commands in their order; a function stands for what a person does between them."
     tune = ["train-dspo", "--output"]
-    others = [[*tune, f"dspo-{name}", "--objective", name] for name in OBJECTIVES[1:]]
+    others = [[*tune, f"dspo-{name}", "--objective", name, "--adapter", "lora"] for name in OBJECTIVES[1:]]
     return [["generate"], ["annotate"], rate_at_random, ["annotate"], ["train-reward"], ["score", "generated.csv"],
             [*tune, "dspo"], [*tune, "dspo", "--updates", "3"], *others, ["evaluate"],
-            ["inference", "--prompt", PROMPTS[0], "--strength", "0.5"]]
+            ["inference", "--prompt", HELDOUT[0], "--strength", "0.5", "--batch", "1"],
+            ["export", "--output", "kohya.safetensors"]]
 
 CHOSEN = ["--profile", "shapes", "--settings", "settings.ini"]
 MHRLHF = [sys.executable, "-c", "import sys; from mhrlhf.cli import main; sys.exit(main())"]

@@ -1,9 +1,8 @@
-"""Generation beside a plain diffusers loop: python benchmarks/generate.py [--quick] [--json FILE], on a GPU --sdxl.
+"""Generation beside a plain diffusers loop: python benchmarks/generate.py [--quick] [--json FILE].
 
 On the pocket and the CPU every side is a process that has loaded the pipeline; the sides take turns, and the medians
 count. A side's work ends when its PNG files lie on the disk. Ours includes the checks before the start, the queue,
-the metadata and the restart safety. With --sdxl both sides run SDXL's own shape, with random weights from its
-published configuration, in this process."""
+the metadata and the restart safety. SDXL's own shape on a GPU: benchmarks/full_size.py."""
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -230,138 +229,13 @@ def measure(quick, steps):
     for name, t in taken.items(): print(f"{name:<32}{images / median(t):8.2f} images/s")
     return rows
 
-# SDXL's shape ------------------------------------------------------------------------------------------------
-
-TFLOP, RATE = 416., 790.   # of an image at 1024 x 1024, 30 steps, with guidance; per second, of an H200 in bfloat16
-
-def sdxl_networks(device):
-    "UNet, VAE and text encoders of SDXL base 1.0 as its configuration describes them, with random weights."
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-    with torch.device(device):
-        unet = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
-            scaling_factor=.13025, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-        one = CLIPTextModel(CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768))
-        two = CLIPTextModelWithProjection(CLIPTextConfig(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-            projection_dim=1280, hidden_act="gelu"))
-    return unet, vae, one, two
-
-def sdxl_shape(device):
-    "A pipeline of SDXL's shape in bfloat16."
-    import torch
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from mhrlhf.images.models import load_pipeline
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try: unet, vae, one, two = sdxl_networks(device)
-    finally: torch.set_default_dtype(before)
-    tokenizer = load_pipeline("pocket", "cpu").tokenizer
-    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
-                                       steps_offset=1, timestep_spacing="leading")
-    pipe = StableDiffusionXLPipeline(vae, one, two, tokenizer, tokenizer, unet, scheduler, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-@contextmanager
-def memory(device, found):
-    "The most GB that were held at once."
-    import torch
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    yield
-    if gpu: torch.cuda.synchronize()
-    found.append(torch.cuda.max_memory_allocated() / 2**30 if gpu else float("nan"))
-
-def timed(way, batch, device, rounds=3):
-    "Images per minute and GB of one way: the median of some rounds after a first one."
-    taken, held = [], []
-    for _ in range(rounds + 1):
-        with tempfile.TemporaryDirectory() as folder, memory(device, held):
-            start = time.perf_counter()
-            way(batch, folder)
-            taken.append(time.perf_counter() - start)
-    return 60 * 2 * batch / median(taken[1:]), max(held)
-
-def sdxl_ways(pipe, side, steps, most):
-    "Two batches by the plain pipeline and by ours, each a function of the batch and a folder."
-    import torch
-    from torch.distributed import HashStore
-    from mhrlhf.core.prompts import read_prompts
-    from mhrlhf.core.settings import GenerateSettings
-    from mhrlhf.images.plan import make_plan
-    from mhrlhf.images.queue import work
-    prompts = read_prompts(ROOT/"data/prompts.csv", 2 * most)
-    def plain_way(batch, folder):
-        for at in range(0, 2 * batch, batch):
-            texts = [p.prompt for p in prompts[at:at + batch]]
-            generators = [torch.Generator().manual_seed(i) for i in range(batch)]
-            made = pipe(texts, num_inference_steps=steps, guidance_scale=5., width=side, height=side,
-                        generator=generators).images
-            for i, image in enumerate(made): image.save(Path(folder)/f"{at + i}.png")
-    def our_way(batch, folder):
-        plan = make_plan(GenerateSettings(**in_folder(folder), limit=2 * batch, steps=steps, guidance_scale=5.,
-                                          width=side, height=side, batch=batch))
-        work(plan, plan.tasks, HashStore())
-    return plain_way, our_way
-
-def print_sdxl(rows, device, side, steps):
-    import torch
-    def share(per_minute): return per_minute * TFLOP * (side / 1024) ** 2 * (steps / 30) / 60 / RATE
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{gpu}, {side} x {side}, {steps} steps")
-    heads = f"{'batch':>5}{'plain/min':>11}{'ours/min':>10}{'ratio':>7}{'of 790 TFLOP/s':>16}"
-    print(heads + f"{'plain GB':>10}{'ours GB':>9}")
-    for r in rows:
-        (p, pm), (o, om) = r["plain"], r["ours"]
-        print(f"{r['batch']:>5}{p:>11.2f}{o:>10.2f}{o / p:>7.2f}{share(o):>16.1%}{pm:>10.1f}{om:>9.1f}", flush=True)
-
-def measure_sdxl(side, steps, batches):
-    "Images per minute of SDXL's shape at each batch, plain diffusers beside ours, in turns."
-    from mhrlhf.core.devices import choose_device
-    from mhrlhf.images import queue, sampler
-    device = choose_device()
-    pipe = sdxl_shape(device)
-    queue.load_pipeline = lambda *a: pipe
-    queue.memory_note = lambda *a: ""             # it would read the pocket's configuration
-    sampler.image_is_sound = lambda image: True   # random weights draw nothing that could be judged
-    sampler.Sampler.release_text = lambda self: None   # once in a run of thousands, not in each of these small ones
-    plain_way, our_way = sdxl_ways(pipe, side, steps, max(batches))
-    # all plain ones first: compiled blocks stay compiled
-    rows = [dict(batch=batch, plain=timed(plain_way, batch, device)) for batch in batches]
-    if device.type == "cuda": pipe.unet.compile_repeated_blocks(fullgraph=True)
-    for r in rows: r["ours"] = timed(our_way, r["batch"], device)
-    print_sdxl(rows, device, side, steps)
-    figures = []
-    for r in rows:
-        ours, plain = r["ours"][0], r["plain"][0]
-        name = f"SDXL's shape, images/min at batch {r['batch']}: ours / plain"
-        figures.append(row(name, ours, plain, ours / plain, 1., 3))
-    top = max(r["ours"][0] for r in rows)
-    return [*figures, row("SDXL's shape, images/min at the best batch / 65", top, 65., top / 65, 1., 3)]
-
 # The command -------------------------------------------------------------------------------------------------
 
 def read_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images: within three minutes")
     parser.add_argument("--json", help="also write the figures here")
-    parser.add_argument("--steps", type=int, default=0, help="denoising steps; default: 20, with --sdxl 30")
-    parser.add_argument("--sdxl", action="store_true",
-                        help="SDXL's shape on this machine's GPU, random weights, instead of the pocket on the CPU")
-    parser.add_argument("--side", type=int, default=1024, help="pixels, of --sdxl")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of --sdxl")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     return parser.parse_args()
 
 def print_table(rows):
@@ -376,8 +250,7 @@ def main():
     machine = dict(processor=platform.processor() or platform.machine(), cores=os.cpu_count(),
                    load=round(os.getloadavg()[0], 1), python=platform.python_version())
     print("  ".join(f"{k} {v}" for k, v in machine.items()))
-    if options.sdxl: rows = measure_sdxl(options.side, options.steps or 30, options.batches)
-    else: rows = measure(options.quick, options.steps or 20)
+    rows = measure(options.quick, options.steps)
     print_table(rows)
     if options.json: Path(options.json).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + "\n")
     return 0

@@ -1699,6 +1699,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mhrlhf.reward.noise._counts': ('reward/noise.html#_counts', 'mhrlhf/reward/noise.py'),
                                      'mhrlhf.reward.noise._fitted': ('reward/noise.html#_fitted', 'mhrlhf/reward/noise.py'),
                                      'mhrlhf.reward.noise._rated': ('reward/noise.html#_rated', 'mhrlhf/reward/noise.py'),
+                                     'mhrlhf.reward.noise._refuse_other_size': ( 'reward/noise.html#_refuse_other_size',
+                                                                                 'mhrlhf/reward/noise.py'),
                                      'mhrlhf.reward.noise._see': ('reward/noise.html#_see', 'mhrlhf/reward/noise.py'),
                                      'mhrlhf.reward.noise._waves': ('reward/noise.html#_waves', 'mhrlhf/reward/noise.py'),
                                      'mhrlhf.reward.noise.correlation_by_noise': ( 'reward/noise.html#correlation_by_noise',

@@ -7,7 +7,7 @@ import os, re, subprocess, sys
 
 import pytest
 
-from mhrlhf.cli import DESCRIPTIONS
+from mhrlhf.cli import DESCRIPTIONS, main
 from mhrlhf.core.settings import STAGES, choose_profile, load_settings
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,19 @@ def run(*command, **more):
     words = [str(c) for c in command]
     return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT | more, capture_output=True, text=True, timeout=120)
 
-def seconds(*command, times=5):
+@pytest.fixture
+def here(monkeypatch, capsys):
+    "The command in this process, without the seconds that a Python takes to start: exit code, output, errors."
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", ENVIRONMENT["COLUMNS"])
+    monkeypatch.setenv("PROFILE", "pocket")
+    def run_here(*arguments):
+        try: code = main([str(a) for a in arguments])
+        except SystemExit as e: code = e.code  # options are refused by who reads them
+        return code or 0, *capsys.readouterr()
+    return run_here
+
+def seconds(*command, times=3):
     """Median processor time of a command, after one run that warms the disk; wall time would measure the machine's
     other work."""
     def once():
@@ -53,10 +65,10 @@ def test_help_lists_every_stage():
     assert all(f"  {stage} " in text for stage in STAGES)
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_of_a_stage_shows_its_knobs_and_the_profiles_values(stage):
-    done = run(MHRLHF, stage, "--help", "--profile", "pocket")
-    assert done.returncode == 0, done.stderr
-    text = re.sub(r"[│\s]+", " ", done.stdout)
+def test_help_of_a_stage_shows_its_knobs_and_the_profiles_values(stage, here):
+    code, shown_text, errors = here(stage, "--help", "--profile", "pocket")
+    assert code == 0, errors
+    text = re.sub(r"[│\s]+", " ", shown_text)
     settings = load_settings(stage, "pocket", ROOT / "settings.ini")
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in text
@@ -76,10 +88,18 @@ def test_help_of_a_stage_shows_its_knobs_and_the_profiles_values(stage):
     (["evaluate", "--seeds", "0"], "seeds 0: 1 or more is needed"),
     (["annotate", "--sitting", "0"], "sitting 0: 1 or more is needed"),
 ])
-def test_bad_arguments_end_with_code_2_and_one_clear_message(arguments, said):
-    done = run(MHRLHF, *arguments) if "--profile" in arguments else run(MHRLHF, *arguments, PROFILE="pocket")
-    assert done.returncode == 2
-    assert said in done.stderr + done.stdout and "Traceback" not in done.stderr
+def test_bad_arguments_end_with_code_2_and_one_clear_message(arguments, said, here):
+    code, out, errors = here(*arguments)
+    assert code == 2
+    assert said in errors + out and "Traceback" not in errors
+
+def test_a_shell_sees_the_same():
+    shown = run(MHRLHF, "generate", "--help", "--profile", "pocket")
+    assert shown.returncode == 0 and "--guidance-scale" in shown.stdout
+    for option, said in (("--profile", "no profile [no-such]"), ("--no-such-knob", "no-such-knob")):
+        done = run(MHRLHF, "generate", option, "no-such", PROFILE="pocket")
+        assert done.returncode == 2
+        assert said in done.stderr + done.stdout and "Traceback" not in done.stderr
 
 def test_profile_comes_from_the_environment():
     done = run(MHRLHF, "generate", "--help", PROFILE="sdxl")

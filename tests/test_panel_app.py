@@ -86,7 +86,7 @@ def ask(opener, address):
             return answer.status, answer.url, answer.read().decode("utf-8", "replace")
     except HTTPError as e: return e.code, e.url, ""
 
-def code_of(address, place, jar=()):
+def socket_at(address, place, jar=()):
     "A WebSocket, opened with somebody's cookies; the status of the answer if it is refused."
     import websocket   # of jupyter_server
     cookies = "; ".join(f"{c.name}={c.value}" for c in jar)
@@ -99,9 +99,9 @@ def check_sockets(folder, address, pages, jars):
     "Only one's own kernel is reached, and it takes no code."
     ann, bob = (f"/api/kernels/{kernel_of(page)}/channels" for page in pages)
     strange = "/api/kernels/12345678-1234-1234-1234-123456789abc/channels"
-    assert code_of(address, ann) in (401, 403) and code_of(address, strange, jars[0]) in (403, 404)
-    assert code_of(address, bob, jars[0]) == code_of(address, ann, jars[1]) == 403
-    own = code_of(address, ann, jars[0])
+    assert socket_at(address, ann) in (401, 403) and socket_at(address, strange, jars[0]) in (403, 404)
+    assert socket_at(address, bob, jars[0]) == socket_at(address, ann, jars[1]) == 403
+    own = socket_at(address, ann, jars[0])
     for kind, content in (("execute_request", dict(code="open('made', 'w')", silent=False)),
                           ("kernel_info_request", {})):
         header = dict(msg_id=kind, username="ann", session="s", msg_type=kind, version="5.3")

@@ -396,6 +396,12 @@ def project(tmp_path):
     store_of(tmp_path).add(simulated_panel(truth, raters=2))
     return tmp_path
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Trainings that leave out the pictures of their report, which cost more than they."
+    for name in ("pictures", "extreme_pictures"): monkeypatch.setattr(train_module, name, lambda trained: {})
+    monkeypatch.setattr(train_module, "save_figure", lambda figure, path: path)
+
 def store_of(project): return RatingStore(f"sqlite:///{project}/data/annotations/ratings.db")
 
 def test_images_missing_or_corrupt_are_all_named_and_nothing_is_written(project):
@@ -408,7 +414,7 @@ def test_images_missing_or_corrupt_are_all_named_and_nothing_is_written(project)
     with chdir(project), pytest.raises(InputError, match=says): run(SETTINGS)
     assert not (project / "outputs/multihead_reward_model/reward_model.json").exists()
 
-def test_images_made_again_or_changed_since_they_were_rated_are_refused(project):
+def test_images_made_again_or_changed_since_they_were_rated_are_refused(project, undrawn, monkeypatch):
     quick, output = replace(SETTINGS, epochs=1, hidden=0), project / "outputs/multihead_reward_model"
     with chdir(project): run(quick)
     before = (output / "reward_model.json").read_bytes()
@@ -426,6 +432,7 @@ def test_images_made_again_or_changed_since_they_were_rated_are_refused(project)
     store.add(store.ratings().query("image_path == 'images/p3/0.png'"))
     table["created_at"] = ""
     table.to_csv(project / "data/generated.csv", index=False)
+    monkeypatch.undo()
     with chdir(project): run(quick)
     metrics = read_json(output / "metrics.json")
     assert {"plcc", "plcc_low", "plcc_high", "ceiling"} <= set(metrics["aspects"]["style"])
@@ -437,7 +444,7 @@ def test_images_made_again_or_changed_since_they_were_rated_are_refused(project)
     assert len(scores) == 40 and scores[[*NAMES, "composite"]].notna().all().all()
     assert (scores[[f"{a}_uncertainty" for a in NAMES]] > 0).all().all()
 
-def test_a_second_training_makes_no_forward_pass(project, monkeypatch):
+def test_a_second_training_makes_no_forward_pass(project, undrawn, monkeypatch):
     quick = replace(SETTINGS, epochs=1, hidden=0, opposites="tiny/huge")
     with chdir(project): run(quick)
     no_forward_pass(monkeypatch)
@@ -446,7 +453,7 @@ def test_a_second_training_makes_no_forward_pass(project, monkeypatch):
         run(quick)
         run_score(ScoreSettings(files=("data/generated.csv",)))  # what was seen in training is rated without a look
 
-def test_an_evaluation_by_the_heads_rates_as_the_model_does_and_looks_once(project, monkeypatch):
+def test_an_evaluation_by_the_heads_rates_as_the_model_does_and_looks_once(project, undrawn, monkeypatch):
     rows = pd.read_csv(project / "data/generated.csv")
     texts, images = list(rows.prompt), np.stack([np.asarray(Image.open(project / p)) for p in rows.image_path])
     settings = EvaluateSettings(judged_by="heads", device="cpu")

@@ -173,6 +173,9 @@ class TrainRewardSettings(PipelineSettings):
     soft_minimum: float = 0.0
     draws: int = 10000            # noisy pictures from which the noise-aware heads learn; 0: none of these heads
     copies: int = 1               # moved and zoomed copies of each rated picture, which teach as well
+    # of the pictures as the noise-aware heads see them, pixels; 0: the model's own size. As in train-dspo
+    width: int = 0
+    height: int = 0
     members: int = 3              # of the noise-aware heads; each learns without one part of the prompts
     noise_epochs: int = 2         # passes over the draws; more learn them by heart
     seed: int = 0                 # of splits, initial weights and noise

@@ -35,9 +35,9 @@ class Recipe:
 
 RECIPES = {
     "cpu": Recipe(),
-    "fast": Recipe(judge_steps=12, judge_width=8, second_steps=4, second_bank=44, second_kept=44,
-                   clip_steps=(8, 8), bank=128, vae_steps=(12,), scenes=128,
-                   vae_channels=(8, 16, 16), unet_steps=(12,), unet_channels=(32, 64), tiny_steps=12),
+    "fast": Recipe(judge_steps=4, judge_width=8, second_steps=2, second_bank=44, second_kept=44,
+                   clip_steps=(3, 3), bank=64, vae_steps=(4,), scenes=64,
+                   vae_channels=(8, 16, 16), unet_steps=(4,), unet_channels=(32, 64), tiny_steps=4),
 }
 
 # %% ../../nbs/pocket/24_recipe.ipynb #b822a82d

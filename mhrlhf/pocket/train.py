@@ -28,6 +28,7 @@ from .second_judge import build_second_judge
 
 # %% ../../nbs/pocket/28_train.ipynb #f8ed54ec
 _FRESH, _REDRAWN = 40, 24  # images of each kind in a batch
+_REFRESHED = 20            # batches that the trained network sees for its statistics
 
 def train_judge(
     r: Recipe,
@@ -49,14 +50,14 @@ def train_judge(
         with fast_math(): outputs = net(pictures)
         return judge_loss([o.float() for o in outputs], truth, doubtful)
     watch("judge", fit(net, loss_of, r.judge_steps, 2e-3), log)
-    refresh_statistics(net, lambda: batch()[0])
+    refresh_statistics(net, lambda: batch()[0], min(r.judge_steps, _REFRESHED))
     return net.eval().to(memory_format=torch.contiguous_format)
 
 # %% ../../nbs/pocket/28_train.ipynb #88040328
 def refresh_statistics(
     net,          # with batch normalisation
     next_images,  # () -> a batch
-    batches: int = 20,
+    batches: int,
 ):
     "Let the normalisation layers see some batches with the weights as they are."
     net.train()

@@ -181,6 +181,7 @@ def fit_noise_heads(
     "Train; yields the number of steps that are done, the number of all, and the loss. Ends in eval mode, frozen."
     device, generator = next(heads.parameters()).device, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(heads.parameters(), lr, weight_decay=.01)
+    batch = min(batch, len(draws.row))
     steps = epochs * (len(draws.row) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - .95 * step / steps)
     heads.train()
@@ -364,6 +365,14 @@ def load_rated(folder, denoiser: Denoiser) -> RatedLatents:
             prompts, tensors = json.loads(f.metadata()["prompts"]), {name: f.get_tensor(name) for name in f.keys()}
             images = tuple(json.loads(f.metadata().get("images", "[]")))
         latents = tensors.pop("latents").float()
+        _refuse_other_size(path, latents, denoiser)
         return RatedLatents(latents, prompts, encode_texts(denoiser.pipe, prompts), **tensors, images=images)
+    except InputError: raise
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: damaged ({type(e).__name__}); train again with mhrlhf train-reward") from None
+
+def _refuse_other_size(path, latents, denoiser):
+    height, width = (side * denoiser.pipe.vae_scale_factor for side in latents.shape[-2:])
+    if (width, height) == (denoiser.width, denoiser.height): return
+    raise InputError(f"{path}: holds pictures of {width} x {height} pixels, {denoiser.width} x {denoiser.height} are "
+                     "asked for; give train-reward and train-dspo the same --width and --height")

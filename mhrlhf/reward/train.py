@@ -421,7 +421,8 @@ def teach_noise_heads(
 ) -> pd.DataFrame:              # r by noise level, see `correlation_by_noise`
     "Train the noise-aware heads on rated pictures and write them beside the model."
     pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
-    denoiser, pictures = Denoiser(pipe), [read_image(path) for path in rated.paths]
+    denoiser = Denoiser(pipe, settings.width, settings.height)
+    pictures = [read_image(path) for path in rated.paths]
     show(dict(line="rated pictures and their copies become latents"))
     known = rated_latents(denoiser, model, pictures, rated.prompts, settings.copies, settings.seed)
     folds, n = known.prompt % settings.members, len(pictures)
