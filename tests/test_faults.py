@@ -389,7 +389,7 @@ def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
 def test_the_command_is_killed_at_random_moments(tmp_path, monkeypatch):
     "From the start-up on: the command alone, whose workers end by themselves, or all at once, as a power cut does."
     rng = random.Random(1)
-    for alone in (False, True):  # the first while it starts up, the second while its workers work
+    for alone in (True, False, True):
         run = Run(tmp_path)
         time.sleep(rng.uniform(0, 12))
         family = children(run.process.pid)

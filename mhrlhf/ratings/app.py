@@ -218,6 +218,7 @@ def _authorizer(invitations):
             return _guest(opened_by, invitations) == user.username
     return OwnKernel
 
+# %% ../../nbs/ratings/34_app.ipynb #7ae46c6c
 def voila_for_panel(
     options: list,     # of `serve_options`
     invitations=None,  # JSON of invited people; None: everybody who reaches the address

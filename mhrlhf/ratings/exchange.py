@@ -81,7 +81,7 @@ _KINDS = ("number", "rating", "choices")  # fields whose value may be a rating
 
 class Stars(NamedTuple):
     "An answer of a <Rating>."
-    value: object
+    value: object  # of the export: a number, or its text
 
 def _holds(said):
     "Whether anything stands in a field."

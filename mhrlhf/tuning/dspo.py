@@ -94,6 +94,7 @@ def _log(writer, run, state):
     shown = np.concatenate(list(state["pictures"].values())[:_SHOWN], 1)
     writer.add_image("watched", shown, run.update, dataformats="HWC")
 
+# %% ../../nbs/tuning/56_dspo.ipynb #c0297587
 def _look_line(run, state):
     rows = zip(run.heads.aspects, state["gains"].mean, state["share"], state["weights"])
     cells = [f"{name} {gain:+.2f} ({share:.0%}, weight {weight:.1f})" for name, gain, share, weight in rows]
