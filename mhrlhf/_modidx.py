@@ -854,6 +854,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'mhrlhf/proof/inference.py'),
                                         'mhrlhf.proof.inference._unet_names': ( 'proof/inference.html#_unet_names',
                                                                                 'mhrlhf/proof/inference.py'),
+                                        'mhrlhf.proof.inference._warn': ('proof/inference.html#_warn', 'mhrlhf/proof/inference.py'),
                                         'mhrlhf.proof.inference.adapter_file': ( 'proof/inference.html#adapter_file',
                                                                                  'mhrlhf/proof/inference.py'),
                                         'mhrlhf.proof.inference.file_name': ('proof/inference.html#file_name', 'mhrlhf/proof/inference.py'),

@@ -8,7 +8,7 @@ __all__ = ['adapter_file', 'load_adapter', 'file_name', 'run']
 # %% ../../nbs/proof/60_inference.ipynb #cf06d340
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-import re, textwrap, unicodedata
+import re, sys, textwrap, unicodedata
 
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from ..core.devices import one_thread
 from ..core.files import InputError, fingerprint, read_bytes
 from ..core.plots import picture_grid, save_figure
-from ..core.prompts import image_seed
+from ..core.prompts import Prompt, image_seed
 from ..core.settings import InferenceSettings
 from ..images.denoiser import Denoiser
 from ..images.metadata import write_image
 from ..images.models import load_pipeline
 from ..images.plan import settings_hash
-from ..images.sampler import sample_images
+from ..images.sampler import sample_images, warn_of_long_prompts
 from ..reward.noise import load_noise_heads
 from ..reward.weights import weights_by_hand
 from ..tuning.adapters import ADAPTER_FILE, merged
@@ -158,6 +158,7 @@ def run(
     seeds = [settings.seed + i for _ in texts for i in range(settings.count)]
     noise = [image_seed(p, s) for p, s in zip(prompts, seeds)]
     pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
+    warn_of_long_prompts(pipe.tokenizer, [Prompt(str(i), text) for i, text in enumerate(texts, 1)], _warn)
     if not kind: load_adapter(pipe, settings.model)
     with one_thread(settings.device):
         with _in_force(pipe, settings, kind):
@@ -167,6 +168,8 @@ def run(
             paths += _compare(pipe, images, kind, prompts, seeds, noise, settings)
     for path in paths: print(path)
     return 0
+
+def _warn(line): print(line, file=sys.stderr)
 
 def _compare(pipe, images, kind, prompts, seeds, noise, settings):
     "The untuned model's images of the same prompts, and both side by side; the files."
