@@ -89,11 +89,16 @@ def wait_for(true, seconds=60, why=lambda: ""):
 def page(lab):
     with opened() as page: yield page
 
+def is_ready(url, notebook):
+    "Whether the notebook's own kernel waits for work."
+    sessions = answers(f"{url}/api/sessions") or []
+    return any(s["path"] == notebook and s["kernel"]["execution_state"] == "idle" for s in sessions)
+
 def open_panel(page, url, name="rate"):
     "Open the notebook afresh and run its cell."
     page.goto(f"{url}/lab/tree/{name}.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell .cm-content")
-    wait_for(lambda: any(k["execution_state"] == "idle" for k in answers(f"{url}/api/kernels") or []), 120)
+    wait_for(lambda: is_ready(url, f"{name}.ipynb"), 120)
     page.click(".jp-Notebook .jp-CodeCell .cm-content")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".mhrlhf-panel[tabindex='0'] img")
