@@ -2,9 +2,10 @@
 
 python benchmarks/parts.py --run outputs/test_pipeline [--updates 80] [--parts default,equal] [--jobs 2] [--json FILE]
 
---run is the folder of a finished test-pipeline. Every part tunes in a process of its own with one thread; then the
-judge compares 64 development prompts, on which settings may be chosen, with the model before tuning. The parts named
-in HEADS first train noise-aware heads of their own, those in SIZES a whole reward model from fewer rated images."""
+--run is the folder of a finished test-pipeline in a checkout. Every part tunes in a process of its own with one
+thread; then the judge compares 64 development prompts, on which settings may be chosen, with the model before tuning.
+The parts named in HEADS first train noise-aware heads of their own, those in SIZES a whole reward model from fewer
+rated images."""
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
