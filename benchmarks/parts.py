@@ -12,7 +12,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-import argparse, json, os, platform, sys, time
+import argparse, json, os, platform, shutil, sqlite3, sys, time
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
                "TOKENIZERS_PARALLELISM": "false"}
@@ -69,9 +69,14 @@ def fewer_images(run, count, folder):
     from mhrlhf.images.metadata import read_metadata
     from mhrlhf.reward.train import run as train_reward
     folder.mkdir(parents=True)
-    read_metadata(run/"generated.csv").head(count).to_csv(folder/"generated.csv", index=False)
+    some = read_metadata(run/"generated.csv").head(count)
+    some.to_csv(folder/"generated.csv", index=False)
+    shutil.copy(run/"ratings.db", folder/"ratings.db")
+    with sqlite3.connect(folder/"ratings.db") as ratings:
+        marks = ",".join("?" * count)
+        ratings.execute(f"DELETE FROM ratings WHERE image_path NOT IN ({marks})", list(some.image_path))
     train_reward(load_settings("train-reward", "pocket", metadata=folder/"generated.csv", output=folder/"reward",
-                               cache=run/"features", database=f"sqlite:///{run/'ratings.db'}"))
+                               cache=run/"features", database=f"sqlite:///{folder/'ratings.db'}"))
     return folder/"reward"
 
 def prepared(run, name, updates, folder):
