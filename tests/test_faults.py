@@ -358,9 +358,22 @@ class Run:
         out, err = self.process.communicate(timeout=400)
         return self.process.returncode, out, err
 
-def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
-    "Ctrl-C, then kill -9 of accelerate's launcher and of a worker: nothing is lost."
-    run = Run(tmp_path)
+def kill_at_random_moments(folder):
+    "From the start-up on: the command alone, whose workers end by themselves, or all at once, as a power cut does."
+    rng = random.Random(1)
+    for alone in (True, False, True):
+        run = Run(folder)
+        time.sleep(rng.uniform(0, 12))
+        family = children(run.process.pid)
+        for pid in [run.process.pid] if alone else (run.process.pid, *family):
+            with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+        run.end()
+        gone(family)
+        assert all(image_row(p) is not None for p in run.images.glob("*/*.png"))
+
+def interrupt(folder):
+    "Ctrl-C, after some images."
+    run = Run(folder)
     run.wait_for(4)
     family = children(run.process.pid)
     run.process.send_signal(signal.SIGINT)
@@ -368,11 +381,12 @@ def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
     assert code == 130 and "stopped; nothing finished is lost" in err and "Traceback" not in err + out
     gone(family)
 
-    run = Run(tmp_path)
+def kill_launcher_and_worker(folder):
+    "accelerate's launcher; in the same run new workers are started, and one of them is killed. It makes all images."
+    run = Run(folder)
     run.wait_for(4)
     family = children(run.process.pid)
-    victim = next(p for p, command in family.items() if "accelerate" in command)
-    os.kill(victim, signal.SIGKILL)   # the launcher; in the same run new workers are started, and one of them is killed
+    os.kill(next(p for p, command in family.items() if "accelerate" in command), signal.SIGKILL)
     while not (new := set(workers(run.process.pid)) - set(family)):
         assert run.process.poll() is None
         time.sleep(.1)
@@ -383,23 +397,10 @@ def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
     assert out.count("starting workers again for the") == 2 and "64 of 64 images are in data/images" in out
     assert "Traceback" not in err + out
     gone(family)
-    monkeypatch.chdir(tmp_path)
-    assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=32))
 
-def test_the_command_is_killed_at_random_moments(tmp_path, monkeypatch):
-    "From the start-up on: the command alone, whose workers end by themselves, or all at once, as a power cut does."
-    rng = random.Random(1)
-    for alone in (True, False, True):
-        run = Run(tmp_path)
-        time.sleep(rng.uniform(0, 12))
-        family = children(run.process.pid)
-        for pid in [run.process.pid] if alone else (run.process.pid, *family):
-            with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
-        run.end()
-        gone(family)
-        assert all(image_row(p) is not None for p in run.images.glob("*/*.png"))
-    code, out, err = Run(tmp_path).end()
-    assert code == 0, out + err
+def test_processes_are_killed_and_the_command_goes_on(tmp_path, monkeypatch):
+    "One folder through it all, as every start of real processes takes half a minute of processor time."
+    for disturb in (kill_at_random_moments, interrupt, kill_launcher_and_worker): disturb(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert_whole(GenerateSettings(prompts=ROOT/"data/prompts.csv", images=Path("data/images"), limit=32))
 
