@@ -26,6 +26,7 @@ _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 
     "patience": 1, "rank": 1, "updates": 1,                  # training
     "members": 1, "noise_epochs": 1,                         # noise-aware heads
     "watch_every": 1, "watched": 2,                          # two prompts or more have an interval
+    "sampled": 1,                                            # with --source samples
 }
 _SIDE = 8  # pixels: an image's sides are multiples of this, the size of one place of its latent
 
@@ -184,6 +185,10 @@ class TrainDSPOSettings(SamplingSettings):
     strength: float = 12.0        # how far along the heads' gradient the sampler is moved; as in guided sampling
     rate: float = 1.0             # of the balance: change of a weight for a share that lags by one
     anchor: float = 0.25          # share of a batch that asks with the empty prompt and stays where it was
+    # whose noised pictures an update sees. ratings: the rated ones alone; samples: also pictures that the model as it
+    # is draws at every look, labelled by the heads on CLIP, from which the noise-aware heads learn further
+    source: Literal["ratings", "samples"] = "ratings"
+    sampled: int = 32             # prompts that are sampled for that at a look
     updates: int = 280            # optimizer steps
     batch: int = 16               # noisy pictures in an update, of all processes together
     adapter: Literal["dora", "lora"] = "dora"  # kind of adapter on the UNet
