@@ -194,8 +194,10 @@ def pulls(run: Tuning) -> Tensor:  # (aspects, parameters), the same on every pr
     ways = [_way(replace(run, weights=weights), batch) for weights in alone]  # the reference first, then the adapter
     said = run.denoiser(batch.noisy.detach(), batch.timestep, batch.text)
     share = run.team.share(size).to(said.device).view(-1, 1, 1, 1)
-    found = [torch.autograd.grad((said * way * share).sum(), run.parameters, retain_graph=True) for way in ways]
-    return run.team.average(torch.stack([torch.cat([g.flatten() for g in row]) for row in found]))
+    def pull(way):  # on the CPU: five of them are larger than the adapter
+        found = torch.autograd.grad((said * way * share).sum(), run.parameters, retain_graph=True)
+        return run.team.average(torch.cat([g.flatten() for g in found])).cpu()
+    return torch.stack([pull(way) for way in ways])
 
 def _way(run, batch):
     "From the reference to the target, in units of the usual target."
@@ -218,7 +220,7 @@ def measure(run: Tuning, show=lambda done, total: None):
 
 def _next_weights(run, share):
     "Of the coming updates."
-    if run.settings.balance == "min-norm": return min_norm(pulls(run).cpu().numpy())
+    if run.settings.balance == "min-norm": return min_norm(pulls(run).numpy())
     follows = run.settings.balance == "reach" and run.update
     return follow(run.weights, share, run.settings.rate) if follows else run.weights
 
@@ -229,7 +231,7 @@ def _agreement(run):
     s = run.settings
     if s.objective in PAIR_OBJECTIVES: return []
     few = replace(run, settings=replace(s, batch=min(s.batch, PULLED_AT)))
-    return cosines(pulls(few).double().cpu().numpy()).round(3).tolist()
+    return cosines(pulls(few).double().numpy()).round(3).tolist()
 
 def look(run: Tuning) -> dict:  # gains (`Gains`), share, weights, uncertainty, cosines, pictures
     "Sample the watched prompts, compare with the base, and let the weights follow."
