@@ -31,6 +31,8 @@ PARTS = {  # name -> title, settings that differ from the profile's
     "images-400": ("400 rated images", {}),
     "images-800": ("800 rated images", {}),
     "lora": ("LoRA instead of DoRA", dict(adapter="lora")),
+    "samples": ("fresh samples too, labelled by the heads on CLIP",
+                dict(source="samples", sampled=96, watch_every=20)),
     "dpo": ("Diffusion-DPO on pairs", dict(objective="dpo", lr=1e-3)),
     "dspo-pairs": ("DSPO on pairs", dict(objective="dspo-pairs", lr=1e-3)),
     "sft": ("supervised on the better ones", dict(objective="sft", lr=1e-3)),

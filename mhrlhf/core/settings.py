@@ -28,6 +28,7 @@ _SMALLEST = {  # knob -> the least number that makes sense; of all others it is 
     "members": 1, "noise_epochs": 1,                         # noise-aware heads
     "watch_every": 1, "watch_steps": 1, "watched": 2,        # two prompts or more have an interval
     "icc": .01,                                              # raters of no agreement have infinite noise
+    "sampled": 1,                                            # with --source samples
 }
 _LARGEST = {  # knob -> the largest number that makes sense; none may be infinite
     "guidance_until": 1, "repeats": 1, "icc": 1, "weak_share": 1,  # shares
@@ -214,6 +215,10 @@ class TrainDSPOSettings(SamplingSettings):
     strength: float = 12.0        # how far along the heads' gradient the sampler is moved; as in guided sampling
     rate: float = 1.0             # of the balance: change of a weight for a share that lags by one
     anchor: float = 0.25          # share of a batch that asks with the empty prompt and stays where it was
+    # whose noised pictures an update sees. ratings: the rated ones alone; samples: also pictures that the model as it
+    # is draws at every look, labelled by the heads on CLIP, from which the noise-aware heads learn further
+    source: Literal["ratings", "samples"] = "ratings"
+    sampled: int = 32             # prompts that are sampled for that at a look
     updates: int = 280            # optimizer steps
     batch: int = 16               # noisy pictures in an update, of all processes together
     adapter: Literal["dora", "lora"] = "dora"  # kind of adapter on the UNet
@@ -231,7 +236,6 @@ class TrainDSPOSettings(SamplingSettings):
     fresh: bool = False           # begin anew even if a checkpoint of the same settings is there
     minutes: float = 0.0          # stop after this much time; 0: when all updates are done
     seed: int = 0                 # of noise and timesteps
-
 
 # %% ../../nbs/core/02_settings.ipynb #5dbe6f47
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _fused_attention():
     "Attention as a fused kernel does it: without the matrix of all pairs."
     functional = torch.nn.functional
     exact = functional.scaled_dot_product_attention
-    def fused(query, key, value, **options): return _Fused.apply(query, key, value)
+    def fused(query, key, value, *more, **options): return _Fused.apply(query, key, value)
     functional.scaled_dot_product_attention = fused
     try: yield
     finally: functional.scaled_dot_product_attention = exact
