@@ -1063,6 +1063,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mhrlhf.ratings.app.PanelApp.__init__': ('ratings/app.html#panelapp.__init__', 'mhrlhf/ratings/app.py'),
                                     'mhrlhf.ratings.app.PanelApp.start': ('ratings/app.html#panelapp.start', 'mhrlhf/ratings/app.py'),
                                     'mhrlhf.ratings.app._authorizer': ('ratings/app.html#_authorizer', 'mhrlhf/ratings/app.py'),
+                                    'mhrlhf.ratings.app._guarded_voila': ('ratings/app.html#_guarded_voila', 'mhrlhf/ratings/app.py'),
                                     'mhrlhf.ratings.app._guest': ('ratings/app.html#_guest', 'mhrlhf/ratings/app.py'),
                                     'mhrlhf.ratings.app._hashed': ('ratings/app.html#_hashed', 'mhrlhf/ratings/app.py'),
                                     'mhrlhf.ratings.app._name_problem': ('ratings/app.html#_name_problem', 'mhrlhf/ratings/app.py'),
