@@ -338,6 +338,26 @@ def remarks(self: RatingStore,
     with _transaction(self.engine) as c: found = pd.read_sql(_newest(REMARKS, where), c)
     return found.rename(columns=dict(aspect="kind", value="text"))[["rater", "prompt_id", "image_path", "kind", "text"]]
 
+# %% ../../nbs/ratings/30_store.ipynb #b3e8417f
+def _entries(table):
+    "The query for the entries of one rater about one image, oldest first."
+    entry = table.c
+    mine = entry.rater == sql.bindparam("rater"), entry.image_path == sql.bindparam("image_path")
+    return sql.select(entry.source, entry.aspect, entry.value).where(*mine).order_by(entry.id)
+
+_ENTRIES = {table: _entries(table) for table in (RATINGS, REMARKS)}
+
+@patch
+def about(self: RatingStore,
+    rater: str,       # whose
+    image_path: str,  # of the image
+) -> tuple:           # (source if set aside, else "", and aspect) -> rating, kind -> remark; None if withdrawn
+    "What counts of one rater and one image."
+    which = dict(rater=rater_name(rater), image_path=image_path)
+    with _transaction(self.engine) as c: ratings, remarks = (c.execute(_ENTRIES[t], which).all() for t in _ENTRIES)
+    said = {(source if source in ASIDE else "", aspect): value for source, aspect, value in ratings}
+    return said, {kind: text for _, kind, text in remarks}
+
 # %% ../../nbs/ratings/30_store.ipynb #d4dcff2d
 ASSIGNED = ("rater", "block", "prompt_id", "image_path", "aspect")  # its columns; a block is one sitting
 
