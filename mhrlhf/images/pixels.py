@@ -72,7 +72,7 @@ _PLAIN = {"PNG", "JPEG", "WEBP"}  # formats that browsers show as they are
 def is_plain(
     path,  # image file
 ) -> bool:
-    "Whether everybody takes a file's pixels for the same: eight bits, nothing transparent, still. False if it is no image."
+    "Whether everybody takes a file's pixels for the same: eight bits, nothing transparent, one picture."
     try:
         with Image.open(path) as image:
             moves = getattr(image, "is_animated", False)

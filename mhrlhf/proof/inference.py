@@ -87,7 +87,8 @@ def load_adapter(
         held = len(_weight_names(file))
         with _silent_diffusers(): pipe.load_lora_weights(str(file.parent), weight_name=file.name)
     except InputError: raise
-    except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as e: raise _does_not_fit(model, e) from None
+    except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as e:
+        raise _does_not_fit(model, e) from None
     used = _used_weights(pipe)
     if len(used) != held: raise _does_not_fit(model, f"{held - len(used)} of its {held} weights find no layer")
     if not all(weight.isfinite().all() for weight in used): raise _does_not_fit(model, "some weights are no numbers")
