@@ -11,7 +11,7 @@ from contextlib import chdir
 from pathlib import Path
 from tempfile import mkdtemp
 from types import SimpleNamespace
-import argparse, csv, io, json, math, re, shutil, time
+import argparse, csv, io, json, math, os, platform, re, shutil, time
 
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 import torch
@@ -171,7 +171,7 @@ def check_sheet(folder, drawn):
         who = rater_name(cells.get("rater", "sheet")), image_of(cells["image_path"])
         for column, text in rated_cells(cells):
             if (value := value_of(text)) is None: continue
-            SEEN["answers of sheets", "stored"] += 1
+            SEEN["sheet", "stored"] += 1
             assert found.get((*who, dict(zip(COLUMNS, NAMES))[column])) == value, (cells, found, done[1])
         if has_comment(cells) or not cells.get("note", "").strip(): continue
         assert who in said, (cells, said, done[1])
@@ -255,7 +255,7 @@ def check_entry(entry, found, text):
         for part in parts_of(value):
             number = part if type(part) in (int, float) else value_of(str(part))
             if number is None: continue
-            SEEN["answers of exports", "stored"] += 1
+            SEEN["export", "stored"] += 1
             assert found.get(key) == number, (entry, found, text)
 
 def check_settings(folder, knobs):
@@ -283,7 +283,7 @@ def check_description(folder, changes):
         shutil.copy(model/"reward_model.json", folder/"sound.json")
     info = {k: v for k, v in (read_json(folder/"sound.json") | changes).items() if v is not ...}
     (model/"reward_model.json").write_text(json.dumps(info))
-    loaded = accepted("reward_model.json", lambda: RewardModel.load(model, "cpu", MODEL))
+    loaded = accepted("description", lambda: RewardModel.load(model, "cpu", MODEL))
     if loaded is None: return
     assert loaded.composite(torch.rand(4, len(NAMES)) * 10).isfinite().all(), info
     for name in (*MODEL_NUMBERS, *UNCERTAINTY):
@@ -306,6 +306,14 @@ def run(check, drawn_from, count, number=0):
         def one(drawn): check(folder, drawn)
         one()
 
+def measured(check, drawn_from, count, number):
+    "A row of the table: what became of so many inputs of a kind."
+    start, name, trouble = time.process_time(), check.__name__.removeprefix("check_"), ""
+    try: run(check, drawn_from, count, number)
+    except Exception as e: trouble = f"{type(e).__name__}: {e}"
+    row = dict(kind=name, inputs=count) | {what: SEEN[name, what] for what in ("read", "refused", "stored")}
+    return row | dict(seconds=round(time.process_time() - start, 1), faults=int(bool(trouble))), trouble
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", default="")
@@ -313,19 +321,13 @@ def main():
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    count, began, rows = (600 if asked.quick else asked.inputs) // len(KINDS), time.time(), []
+    count, rows = math.ceil((600 if asked.quick else asked.inputs) / len(KINDS)), []
     for check, drawn_from in KINDS.items():
-        start = time.time()
-        try: run(check, drawn_from, count, asked.seed)
-        except Exception as e: trouble = f"{type(e).__name__}: {e}"
-        else: trouble = ""
-        name = check.__name__.removeprefix("check_")
-        rows.append(dict(figure=f"faults in {count} drawn inputs: {name}", ours=int(bool(trouble)), goal=0,
-                         met=not trouble, runs=1))
-        found = trouble or "no traceback, nothing in silence"
-        print(f"{name:<12} {count} inputs in {time.time() - start:4.0f} s  {found}")
-    print(dict(SEEN), f"{time.time() - began:.0f} s")
-    if asked.json: Path(asked.json).write_text(json.dumps(dict(machine={}, rows=rows), indent=1))
-    return int(any(not r["met"] for r in rows))
+        row, trouble = measured(check, drawn_from, count, asked.seed)
+        rows.append(row)
+        print(row, trouble or "no traceback, nothing in silence", flush=True)
+    machine = dict(cpus=os.cpu_count(), machine=platform.machine(), python=platform.python_version())
+    if asked.json: Path(asked.json).write_text(json.dumps(machine | dict(seed=asked.seed, rows=rows), indent=1))
+    return int(any(r["faults"] for r in rows))
 
 if __name__ == "__main__": raise SystemExit(main())

@@ -159,6 +159,8 @@ def test_settings_as_people_save_them(project, capsys):
 @pytest.mark.parametrize("url, said", [
     ("postgresql+psycopg://ann:s3@cr@et@db/study", "an @, : or / in the user's name or password must be written as"),
     ("sqlite:///data/generated.csv/ratings.db", "no folder data/generated.csv"),
+    ("postgresql+psycopg://ann:s3?cr@et@db/study", "an @, : or / in the user's name or password must be written as"),
+    ("sqlite://", "is in memory, and gone when this ends"), ("sqlite:///a\0b", "cannot be opened (embedded null byte)"),
     ("mongodb://ann:s3cr@db", "not a database URL")])
 def test_databases_that_cannot_be(url, said, project, capsys):
     assert command("annotate", "--database", url) == 2

@@ -1,4 +1,6 @@
 """The panel as a web page: `serve` starts a real Voilà, a real browser opens it, says who it is and rates."""
+from http.cookiejar import CookieJar
+from urllib.request import HTTPCookieProcessor, Request, build_opener
 import json, os, re, signal, subprocess, sys
 
 import pytest
@@ -93,6 +95,11 @@ def socket_at(address, place, jar=()):
     try: return websocket.create_connection(address.replace("http", "ws") + place, timeout=120, cookie=cookies)
     except websocket.WebSocketBadStatusException as refused: return refused.status_code
 
+def end_kernel(address, page, secret, how="POST"):
+    "The status of the answer to somebody, with a secret, who wants to end the kernel of a page."
+    place = dict(POST="/voila/api/shutdown/", DELETE="/api/kernels/")[how] + kernel_of(page)
+    return ask(build_opener(), Request(f"{address}{place}?token={secret}", b"", method=how))[0]
+
 def kernel_of(page): return re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", page)[0]
 
 def check_sockets(folder, address, pages, jars):
@@ -112,8 +119,6 @@ def check_sockets(folder, address, pages, jars):
     assert "execute_reply" not in heard and not list(folder.rglob("made"))
 
 def test_only_invited_people_come_in_and_nothing_else_is_served(guarded):
-    from http.cookiejar import CookieJar
-    from urllib.request import HTTPCookieProcessor, build_opener
     from mhrlhf.ratings.app import withdraw
     folder, address, (ann, bob), log = guarded
     picture = next(folder.glob("data/images/*/*.png")).relative_to(folder)
@@ -135,6 +140,12 @@ def test_only_invited_people_come_in_and_nothing_else_is_served(guarded):
     pages = [ask(build_opener(HTTPCookieProcessor(jar)), f"{address}/?token={secret}")[2]
              for jar, secret in zip(jars, (ann, bob))]
     check_sockets(folder, address, pages, jars)
+    for how in "POST", "DELETE":
+        assert end_kernel(address, pages[0], bob, how) == end_kernel(address, pages[0], "none", how) == 403
+    own = f"/api/kernels/{kernel_of(pages[0])}/channels"
+    assert socket_at(address, own, jars[0]).connected
+    assert end_kernel(address, pages[0], ann) == 204   # as the closing page of Ann does
+    assert socket_at(address, own, jars[0]) == 403
     withdraw(folder / "data/invitations.json", "ann")
     for opener in stranger, guest: assert "/login" in ask(opener, f"{address}/?token={ann}")[1]
     assert ann not in log.read_text() and bob not in log.read_text()

@@ -2,6 +2,7 @@
 
 Five processes write at once and one is killed; the server goes away.
 """
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import importlib.util, os, random, shutil, signal, socket, subprocess, sys, tempfile, time
 
@@ -11,6 +12,7 @@ import pytest
 from mhrlhf.core.files import InputError
 from mhrlhf.core.settings import AnnotateSettings
 from mhrlhf.ratings import annotate, app
+from mhrlhf.ratings.panel import PATIENCE
 from mhrlhf.ratings.session import RatingSession
 from mhrlhf.ratings.store import RatingStore
 
@@ -125,6 +127,24 @@ def test_a_team_rates_on_either_database(url):
     assert store.ratings().value.tolist() == [7, 8, 6, 9, 0, 5, 5, 5, 4, 6, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5]
     assert len(store.repeats()) == 20 and set(store.repeats().again) == {3}
     assert store.remarks().text.tolist() == ["two tails"]
+
+def test_two_people_under_one_link_lose_nothing(url):
+    "Each with a store of their own, as the kernels of two pages have, at the same time."
+    images = pd.DataFrame([dict(prompt_id=f"p{i}", image_path=f"p{i}.png", prompt="a fox") for i in range(24)])
+    one, two = (RatingSession(images, RatingStore(url, PATIENCE), "ann") for _ in range(2))
+    def work(session, keys):
+        for key in keys: session.press(key)
+        while session.waiting: session.retry()
+    with ThreadPoolExecutor() as both: list(both.map(work, (one, two), ("12345" * 10, "67890" * 10)))
+    history = RatingStore(url).history()
+    for session, values in (one, [1, 2, 3, 4, 5]), (two, [6, 7, 8, 9, 0]):
+        assert history[history.session == session.session].value.tolist() == values * 10
+    two.go(0, "style")
+    two.press("x")
+    one.go(0, "style")
+    for key in "1u": one.press(key)   # takes back one's own 1, and not the other's 10
+    there = RatingStore(url).about("ann", one.item.image_path)[0]
+    assert there["", "style"] == 10 and None not in there.values()
 
 def test_answers_wait_while_the_server_is_away(postgres):
     store = RatingStore(postgres.url)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'atomic_path', 'encoding_of', 'read_bytes', 'decode_text', 'read_text', 'write_json', 'read_json',
-           'write_csv', 'inside', 'Row', 'Layout', 'layout_of', 'parse_table', 'read_table', 'raise_faults',
+           'write_csv', 'inside', 'Row', 'Layout', 'layout_of', 'visible', 'parse_table', 'read_table', 'raise_faults',
            'fingerprint']
 
 # %% ../../nbs/core/01_files.ipynb #b4662b0d
@@ -60,11 +60,20 @@ def read_bytes(
     except tuple(_WRONG_PLACE) as e: raise InputError(f"{path}: {_WRONG_PLACE[type(e)]}") from None
     except (OSError, ValueError) as e: raise InputError(f"{path!s:.200}: cannot be read ({e})") from None
 
+_ZIP = b"PK\x03\x04"  # how it begins
+
+def _check_text(path, content):
+    "Raises `InputError` for what is often given in the place of a text."
+    if content.startswith(_ZIP): raise InputError(f"{path}: a workbook or archive, no text; save it as CSV (UTF-8)")
+    if b"\0" in content[:2] and encoding_of(content) == "utf-8":
+        raise InputError(f"{path}: UTF-16 text without a byte-order mark; save the file as UTF-8")
+
 def decode_text(
     path,            # the file's name, for the message
     content: bytes,  # of the file
 ) -> str:
     "The text of a file without its byte-order mark. Raises `InputError` that names the first bad line."
+    _check_text(path, content)
     encoding = encoding_of(content)
     try: return content.decode(encoding)
     except UnicodeDecodeError as e:
@@ -85,13 +94,20 @@ def write_json(
     "Write JSON atomically."
     with atomic_path(path) as p: p.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
+def _once(pairs):
+    "An object whose keys are all different."
+    found = dict(pairs)
+    if len(found) == len(pairs): return found
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object")
+
 def read_json(
     path,  # file to read
 ):
     "The value in a JSON file. Raises `InputError` for a missing or damaged one."
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
         if _SURROGATE not in text.lower(): return value
         return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as e:
@@ -163,9 +179,17 @@ def layout_of(
 # %% ../../nbs/core/01_files.ipynb #7e42ea11
 _TEXTS = ("prompt", "note")  # columns of free text: they may hold line breaks, and are never cut at a #
 
+_UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+
+def visible(
+    text: str,  # as it was typed or copied
+) -> str:
+    "A text without soft hyphens, spaces of no width and marks of direction, which nobody sees."
+    return _UNSEEN.sub("", text)
+
 def _names(cells):
     "Column names of a header."
-    return [c.replace("\ufeff", "").strip().lower() for c in cells]
+    return [visible(c).strip().lower() for c in cells]
 
 def _stray_quote(lines, cells, names, last):
     "Whether a record of several lines is one only because a quote was not closed."

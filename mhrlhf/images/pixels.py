@@ -72,10 +72,11 @@ _PLAIN = {"PNG", "JPEG", "WEBP"}  # formats that browsers show as they are
 def is_plain(
     path,  # image file
 ) -> bool:
-    "Whether everybody takes a file's pixels for the same: eight bits, nothing transparent. False if it is no image."
+    "Whether everybody takes a file's pixels for the same: eight bits, nothing transparent, one picture."
     try:
         with Image.open(path) as image:
-            return image.format in _PLAIN and image.mode in ("RGB", "L") and not image.has_transparency_data
+            moves = getattr(image, "is_animated", False)
+            return image.format in _PLAIN and image.mode in ("RGB", "L") and not (moves or image.has_transparency_data)
     except _FAULTS: return False
 
 def shown_bytes(

@@ -59,19 +59,24 @@ def adapter_file(
     if not file.is_file(): raise _no_model(model)
     return file
 
-def _unet_names(file):
-    "The names of an adapter's weights for the UNet. Raises `InputError` if one belongs to another part."
+def _weight_names(file):
+    "The names of an adapter's weights. Raises `InputError` if one belongs to another part."
     with safe_open(file, "pt") as f: names = list(f.keys())
     if any(name.startswith(_WHOLE) for name in names):
         raise InputError(f"{file}: is a whole model, no adapter; name it with --pipeline")
     strange = [name for name in names if not name.startswith(_PLACES)]
-    found = [name for name in names if name.startswith(("unet.", "lora_unet_"))]
-    if strange or not found:
+    if strange or not any(name.startswith(("unet.", "lora_unet_")) for name in names):
         raise InputError(f"{file}: {(strange or names or ['nothing'])[0]!r} does not belong to SDXL's UNet; "
                          "this is another model's adapter")
-    return found
+    return [name for name in names if not name.endswith(".alpha")]
 
 # %% ../../nbs/proof/60_inference.ipynb #15de179a
+def _used_weights(pipe):
+    "An adapter's weights as they lie in the UNet and the text encoders."
+    parts = [part for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2) if getattr(part, "peft_config", None)]
+    name = pipe.get_active_adapters()[0]
+    return [w for part in parts for w in get_peft_model_state_dict(part, adapter_name=name).values()]
+
 def load_adapter(
     pipe,   # the pipeline that the adapter was trained on
     model,  # folder of an adapter, or its file
@@ -79,13 +84,14 @@ def load_adapter(
     "Put an adapter on a pipeline. Raises `InputError` if there is none, or if it belongs to another pipeline."
     file = adapter_file(model)
     try:
-        names = _unet_names(file)
+        held = len(_weight_names(file))
         with _silent_diffusers(): pipe.load_lora_weights(str(file.parent), weight_name=file.name)
     except InputError: raise
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as e: raise _does_not_fit(model, e) from None
-    held = len([name for name in names if not name.endswith(".alpha")])
-    used = len(get_peft_model_state_dict(pipe.unet, adapter_name=pipe.get_active_adapters()[0]))
-    if used != held: raise _does_not_fit(model, f"{held - used} of its {held} weights find no layer")
+    except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as e:
+        raise _does_not_fit(model, e) from None
+    used = _used_weights(pipe)
+    if len(used) != held: raise _does_not_fit(model, f"{held - len(used)} of its {held} weights find no layer")
+    if not all(weight.isfinite().all() for weight in used): raise _does_not_fit(model, "some weights are no numbers")
     return pipe
 
 # %% ../../nbs/proof/60_inference.ipynb #36520faa

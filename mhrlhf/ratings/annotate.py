@@ -179,12 +179,18 @@ def _read_one(path, settings, known, store):
         return import_export(store, path, _people(settings, store), known)
     return import_sheet(store, path, known, Path(path).stem, filled=True)
 
+def _named_by_file(path):
+    "What is told of a sheet that does not say who rated."
+    if path.lower().endswith(".json") or is_label_studio_csv(path): return ""
+    rows = read_table(path, faults=[])
+    return "" if not rows or "rater" in rows[0].values else f" of {Path(path).stem!r}, as it has no column rater"
+
 def _read(settings, known, store):
     "Take ratings from further files; returns their faults."
     faults = []
     for path in settings.read:
         stored, found = _read_one(path, settings, known, store)
-        print(f"{path}: {stored} new ratings")
+        print(f"{path}: {stored} new ratings{_named_by_file(path)}")
         faults += found
     return faults
 
@@ -224,6 +230,14 @@ def _invite(settings):
     print(f"{path}: links for {', '.join(invited(path)) or 'nobody'}; --serve --host 0.0.0.0 opens the panel to them")
 
 # %% ../../nbs/ratings/39_annotate.ipynb #571d3ea6
+def _opened(settings):
+    "The store. Raises `InputError` for one in memory, which would be gone at the end."
+    store = RatingStore(settings.database, scale=project_scale(settings.scale))
+    url = store.engine.url
+    if url.get_backend_name() != "sqlite" or url.database not in (None, "", ":memory:"): return store
+    raise InputError(f"database {settings.database}: is in memory, and gone when this ends; "
+                     "name a file, such as sqlite:///data/annotations/ratings.db")
+
 _FAULTY = 2  # exit code if what was read has faults
 
 def _report(tidy, images, store):
@@ -247,7 +261,7 @@ def run(
         raise InputError("--argilla needs --address: what comes before an image's path so that a browser finds it, "
                          "such as https://server/")
     images = read_metadata(settings.metadata)
-    store = RatingStore(settings.database, scale=project_scale(settings.scale))
+    store = _opened(settings)
     known = dict(zip(images.image_path, images.prompt_id))
     faults = _sheet(settings.annotations, images, known, store)
     faults += _read(settings, known, store)

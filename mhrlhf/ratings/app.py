@@ -218,6 +218,26 @@ def _authorizer(invitations):
             return _guest(opened_by, invitations) == user.username
     return OwnKernel
 
+# %% ../../nbs/ratings/34_app.ipynb #5d0e77c2
+def _guarded_voila():
+    "Voilà, with an authorizer at the address that ends a kernel."
+    from jupyter_server.auth.decorator import authorized
+    from tornado.web import authenticated
+    from voila.app import Voila
+    from voila.shutdown_kernel_handler import VoilaShutdownKernelHandler as Plain
+    class EndOwnKernel(Plain):
+        "Ends the kernel of one's own page."
+        auth_resource = "kernels"
+        post = authenticated(authorized(Plain.post))
+
+    class Guarded(Voila):
+        "Serves invited people."
+        def init_handlers(self):
+            handlers = super().init_handlers()
+            place = next(handler[0] for handler in handlers if handler[1] is Plain)
+            return [(place.replace("(.*)", "(?P<kernel_id>.*)"), EndOwnKernel), *handlers]
+    return Guarded
+
 # %% ../../nbs/ratings/34_app.ipynb #7ae46c6c
 def voila_for_panel(
     options: list,     # of `serve_options`
@@ -225,12 +245,13 @@ def voila_for_panel(
 ):
     "Run Voilà, until Ctrl-C."
     from voila.app import Voila
+    server, guarded = Voila, {}
     for name in ("tornado.access", "tornado.application", "tornado.general"):
         logging.getLogger(name).addFilter(_without_secrets)
-    guarded = {}
     if invitations is not None:
+        server = _guarded_voila()
         guarded = dict(identity_provider_class=_provider(invitations), authorizer_class=_authorizer(invitations))
-    Voila.launch_instance(argv=options, **guarded)
+    server.launch_instance(argv=options, **guarded)
 
 # %% ../../nbs/ratings/34_app.ipynb #01b08bf0
 _SERVER = """import sys

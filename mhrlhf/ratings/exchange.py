@@ -128,7 +128,7 @@ def is_label_studio_csv(
 ) -> bool:
     "Whether a CSV is Label Studio's export, and not a sheet."
     rows = read_table(path, faults=[])
-    return bool(rows) and {"annotation_id", "annotator"} <= {*rows[0].values}
+    return bool(rows) and "annotation_id" in rows[0].values
 
 def _table_rows(path, faults):
     rows = read_table(path, faults=faults)
@@ -264,11 +264,13 @@ def read_people(
     path,    # CSV with the columns user (the tool's name or number for somebody) and rater
 ) -> dict:   # user -> rater
     "Who is behind the numbers and UUIDs of the other tools. Raises `InputError` that names the first bad line."
-    rows = read_table(path, ("user", "rater"))
+    rows, found = read_table(path, ("user", "rater")), {}
     for row in rows:
         for column in "user", "rater":
             if not row[column]: raise InputError(row.fault(column, "must not be empty"))
-    return {row["user"]: rater_name(row["rater"]) for row in rows}
+        if row["user"] in found: raise InputError(row.fault("user", "stands in a line before; one user is one person"))
+        found[row["user"]] = rater_name(row["rater"])
+    return found
 
 # %% ../../nbs/ratings/38_exchange.ipynb #cf7c05d8
 def _source(path):

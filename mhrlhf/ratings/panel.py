@@ -417,4 +417,5 @@ def _clicked(self: RatingPanel, aspect, value):
 def _noted(self: RatingPanel, change):
     if change["new"] == self.session.remarked("note"): return
     self.session.remark("note", change["new"].strip())
+    self.note.value = self.session.remarked("note")
     self.refresh()

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.aspects import ASPECTS, SCALE, Scale
 from ..core.files import InputError
-from .store import ASIDE, RatingStore, StoreError, rater_name, read_assignment
+from .store import ASIDE, REMARK_KINDS, RatingStore, StoreError, rater_name, read_assignment
 
 # %% ../../nbs/ratings/32_session.ipynb #59ac2b26
 def _hash(text, size=8):
@@ -256,6 +256,31 @@ def value(self: RatingSession,
     "The rating of an aspect of the item on show."
     return self.answers.get((self.item.kind, self.item.image_path, aspect))
 
+# %% ../../nbs/ratings/32_session.ipynb #8c2f6a15
+def _put(known, key, value):
+    "Note a value in a dict, or that there is none."
+    if value in (None, ""): known.pop(key, None)
+    else: known[key] = value
+
+@patch
+def _take_over(self: RatingSession, at, said, remarks):
+    "What counts of an item; `said` and `remarks` as `RatingStore.about` has them."
+    kind, path = self.items[at].kind, self.items[at].image_path
+    found = {a: said.get((kind if kind in ASIDE else "", a)) for a in self.items[at].aspects}
+    changed = [a for a, value in found.items() if self.answers.get((kind, path, a)) != value]
+    self.undone = [u for u in self.undone if u[0] != at or u[1] not in changed]
+    for aspect in changed: _put(self.answers, (kind, path, aspect), found[aspect])
+    for remark in REMARK_KINDS: _put(self.remarks, (path, remark), remarks.get(remark))
+    self._recount(at)
+
+@patch
+def _catch_up(self: RatingSession, at):
+    "Look for what was said about an item elsewhere under the same name."
+    if self.waiting: return
+    try: said, remarks = self.store.about(self.rater, self.items[at].image_path)
+    except StoreError: return  # told as soon as an answer waits
+    self._take_over(at, said, remarks)
+
 # %% ../../nbs/ratings/32_session.ipynb #b58808f7
 @patch
 def go(self: RatingSession,
@@ -264,6 +289,7 @@ def go(self: RatingSession,
 ):
     "Show another item."
     self.at, self.since = min(max(at, 0), len(self.items) - 1), self.clock()
+    self._catch_up(self.at)
     unanswered = [a for a in self.item.aspects if self.value(a) is None]
     self.chosen = aspect or (unanswered or self.item.aspects)[0]
 
@@ -310,9 +336,7 @@ def _recount(self: RatingSession, at):
 @patch
 def _set(self: RatingSession, at, aspect, value):
     item, now = self.items[at], self.clock()
-    key = item.kind, item.image_path, aspect
-    if value is None: self.answers.pop(key, None)
-    else: self.answers[key] = value
+    _put(self.answers, (item.kind, item.image_path, aspect), value)
     self._recount(at)
     self._keep("answer", item, aspect=aspect, value=value, seconds=round(now - self.since, 3), position=self.given,
                source=item.kind)
@@ -328,16 +352,23 @@ def answer(self: RatingSession,
 ):
     "Rate an aspect of the item on show."
     name, was_complete = aspect or self.chosen, self.at in self.complete
+    self._catch_up(self.at)
     self.undone.append((self.at, name, self.value(name)))
     self._set(self.at, name, value)
     if move and not was_complete: self._move_on(name)
 
 # %% ../../nbs/ratings/32_session.ipynb #ab35a83e
 @patch
+def _go_on(self: RatingSession):
+    "To the next unfinished item."
+    self.go(self.upcoming())
+    while self.at in self.complete and len(self.complete) < len(self.items): self.go(self.upcoming())
+
+@patch
 def _move_on(self: RatingSession, name):
     "From an aspect just answered to what has no answer."
     if self.at in self.complete:
-        if self.item.kind != "calibration": self.go(self.upcoming())
+        if self.item.kind != "calibration": self._go_on()
         return
     names = self.item.aspects
     here = names.index(name)
@@ -361,8 +392,10 @@ def undo(self: RatingSession):
     if not self.undone:
         self.message = "nothing to undo"
         return
-    at, aspect, before = self.undone.pop()
-    self._set(at, aspect, before)
+    last = at, aspect, before = self.undone[-1]
+    self._catch_up(at)
+    if last not in self.undone[-1:]: self.message = f"not taken back: {aspect} was changed elsewhere meanwhile"
+    else: self._set(at, aspect, self.undone.pop()[2])
     self.go(at, aspect)
 
 # %% ../../nbs/ratings/32_session.ipynb #e330eeae
@@ -372,9 +405,11 @@ def remark(self: RatingSession,
     text: str = "yes",  # "" withdraws it
 ):
     "Make or withdraw a remark about the image on show."
-    path = self.item.image_path
-    if text: self.remarks[path, kind] = text
-    else: self.remarks.pop((path, kind), None)
+    path, seen = self.item.image_path, self.remarked(kind)
+    self._catch_up(self.at)
+    there = self.remarked(kind)
+    if kind == "note" and text and there not in ("", seen, text): text = f"{there}; {text}"
+    _put(self.remarks, (path, kind), text)
     for at in self.places([path])[path]: self._recount(at)
     self._keep("remark", self.item, kind=kind, text=text, source="panel")
 
@@ -421,7 +456,7 @@ def act(self: RatingSession,
     if action == "flag": self.remark("flag", "" if self.remarked("flag") else "yes")
     if action == "skip":
         self.remark("skip")
-        self.go(self.upcoming())
+        self._go_on()
 
 # %% ../../nbs/ratings/32_session.ipynb #fe8b7310
 @patch

@@ -67,7 +67,7 @@ def _rating_columns(path, header, faults, aspects=ASPECTS):
     columns = ", ".join(a.column for a in aspects)
     known["overall_rating"] = OVERALL
     for c in header:
-        if c.endswith("_rating") and c not in known:
+        if c not in known and (c.endswith("_rating") or any(a.name in re.split(r"\W+", c) for a in aspects)):
             faults.append(f"{path}:1: column {c}: no such aspect; "
                           f"rename it to one of {columns}, or remove it")
     found = {c: known[c] for c in header if c in known}

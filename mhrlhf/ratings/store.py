@@ -20,7 +20,7 @@ import sqlalchemy as sql
 from fastcore.basics import patch
 
 from ..core.aspects import ASPECTS, NAMES, SCALE, Scale
-from ..core.files import InputError, atomic_path, fingerprint, read_table
+from ..core.files import InputError, atomic_path, fingerprint, read_table, visible
 
 # %% ../../nbs/ratings/30_store.ipynb #3decf14b
 def project_scale(
@@ -55,21 +55,19 @@ def parse_rating(
     return value
 
 # %% ../../nbs/ratings/30_store.ipynb #e017ad94
-_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))  # soft hyphen, spaces of no width
-
 def rater_name(
     text: str,  # as it was typed
 ) -> str:
     "A rater's name in its composed form (NFC), with single spaces and without signs that nobody sees."
-    return " ".join(unicodedata.normalize("NFC", str(text)).translate(_INVISIBLE).split())
+    return " ".join(visible(unicodedata.normalize("NFC", str(text))).split())
 
 # %% ../../nbs/ratings/30_store.ipynb #0ef35985
 def alike(
     names,  # of raters
 ) -> list:  # of lists of two names or more
-    "Names that differ in capital letters only."
+    "Names that differ only in capital letters, or in how wide these are set."
     found = {}
-    for name in sorted(set(names)): found.setdefault(name.casefold(), []).append(name)
+    for name in sorted(set(names)): found.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
     return [group for group in found.values() if len(group) > 1]
 
 # %% ../../nbs/ratings/30_store.ipynb #937ea1df
@@ -102,18 +100,21 @@ def rubric_version() -> str:
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 # %% ../../nbs/ratings/30_store.ipynb #f1183b9f
+_IN_A_FILE = re.compile(r"sqlite[^:/]*:///")
+_PARAMETER = re.compile(r"((?:password|passwd|pwd|odbc_connect)=).*", re.I)  # and all behind it
+
 def shown_url(
     url,    # SQLAlchemy URL, perhaps a faulty one
 ) -> str:
     "A database URL without its password, to be printed."
-    if str(url).startswith("sqlite"): return str(url)
-    without_parameter = re.sub(r"(password=)[^&]*", r"\1***", str(url))
+    if _IN_A_FILE.match(str(url)): return str(url)
+    without_parameter = _PARAMETER.sub(r"\1***", str(url))
     return re.sub(r":(?!//).*@", ":***@", without_parameter)
 
 def _check_password(url):
-    "That a server's URL has one @ only, else `InputError`."
-    begin = str(url).partition("://")[2].split("?")[0]
-    if begin.count("@") > 1:
+    "That a server's URL has one @ only, and none behind a ? that begins no parameter, else `InputError`."
+    begin, _, behind = str(url).partition("://")[2].partition("?")
+    if begin.count("@") > 1 or "@" in behind.partition("=")[0]:
         raise InputError(f"database {shown_url(url)!r}: an @, : or / in the user's name or password must be written as "
                          "%40, %3A or %2F")
 
@@ -185,8 +186,8 @@ class RatingStore:
         self.scale = scale
         self.engine = _engine(url, patience)
         try: _create(self.engine)
-        except sql.exc.SQLAlchemyError as e:
-            why = getattr(e, "orig", e)
+        except (sql.exc.SQLAlchemyError, ValueError) as e:
+            why = " ".join(str(getattr(e, "orig", e)).split())
             raise InputError(f"database {shown_url(url)} cannot be opened ({why}); check that the server runs, or that "
                              "the file is a SQLite database in a folder you may write to") from None
 
@@ -337,6 +338,26 @@ def remarks(self: RatingStore,
     where = [REMARKS.c.rater == rater_name(rater)] if rater else []
     with _transaction(self.engine) as c: found = pd.read_sql(_newest(REMARKS, where), c)
     return found.rename(columns=dict(aspect="kind", value="text"))[["rater", "prompt_id", "image_path", "kind", "text"]]
+
+# %% ../../nbs/ratings/30_store.ipynb #b3e8417f
+def _entries(table):
+    "The query for the entries of one rater about one image, oldest first."
+    entry = table.c
+    mine = entry.rater == sql.bindparam("rater"), entry.image_path == sql.bindparam("image_path")
+    return sql.select(entry.source, entry.aspect, entry.value).where(*mine).order_by(entry.id)
+
+_ENTRIES = {table: _entries(table) for table in (RATINGS, REMARKS)}
+
+@patch
+def about(self: RatingStore,
+    rater: str,       # whose
+    image_path: str,  # of the image
+) -> tuple:           # (source if set aside, else "", and aspect) -> rating, kind -> remark; None if withdrawn
+    "What counts of one rater and one image."
+    which = dict(rater=rater_name(rater), image_path=image_path)
+    with _transaction(self.engine) as c: ratings, remarks = (c.execute(_ENTRIES[t], which).all() for t in _ENTRIES)
+    said = {(source if source in ASIDE else "", aspect): value for source, aspect, value in ratings}
+    return said, {kind: text for _, kind, text in remarks}
 
 # %% ../../nbs/ratings/30_store.ipynb #d4dcff2d
 ASSIGNED = ("rater", "block", "prompt_id", "image_path", "aspect")  # its columns; a block is one sitting
