@@ -15,11 +15,10 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
-import argparse, gc, json, os, platform, subprocess, sys, time, traceback
+import argparse, gc, json, os, platform, sys, time, traceback
 
-FILE = str(Path(__file__).resolve())
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(FILE).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pandas as pd
@@ -572,6 +571,11 @@ evaluate.batch = 2
 inference.output = pictures
 """
 
+def how_to(thin):
+    "Settings that differ between the shapes; bfloat16 is slow on most CPUs, but float32 would not fit."
+    if thin: return dict(dtype="float32", steps=1, batch=12, rows=2)
+    return dict(dtype="bfloat16", steps=2, batch=4, rows=1)
+
 def prepare_study(folder, side, thin):
     "Weights, prompts and settings in a folder."
     from mhrlhf.pocket.full_shape import full_shape
@@ -581,12 +585,9 @@ def prepare_study(folder, side, thin):
     for name, prompts in (("prompts", PROMPTS[:4]), ("heldout", HELDOUT)):
         table = pd.DataFrame(dict(prompt_id=[f"{name[0]}{i}" for i in range(len(prompts))], prompt=prompts))
         table.to_csv(folder / f"{name}.csv", index=False)
-    # bfloat16 is slow on most CPUs
-    how = dict(dtype="float32", steps=1, batch=12, rows=2) if thin else dict(dtype="bfloat16", steps=2, batch=4, rows=1)
     places = dict(pipeline=pipeline.absolute(), backbone=backbone.absolute())
-    settings = SETTINGS.format(side=side, **places, **how)
+    settings = SETTINGS.format(side=side, **places, **how_to(thin))
     (folder / "settings.ini").write_text(settings)
-    return how
 
 IMAGES = 12  # rated ones; below 40 no heads are trained, but these are of no use anyway
 RATED = "spatial_rating", "style_rating"  # two heads show what five would
@@ -613,59 +614,67 @@ def workflow_commands():
             ["export", "--output", "kohya.safetensors"]]
 
 CHOSEN = ["--profile", "shapes", "--settings", "settings.ini"]
-LIBRARIES = ("mhrlhf.tuning.dspo", "mhrlhf.proof.evaluate", "open_clip",
+LIBRARIES = ("mhrlhf.tuning.dspo", "mhrlhf.proof.evaluate", "mhrlhf.cli", "open_clip",
              "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl")
-COMMAND, IMPORTS, ESTIMATES = "command", "imports", "estimates"  # what a process of its own is started for
 
-def work_alone(kind, arguments):
-    "What such a process does: a command of the workflow, its imports alone, or what memory the commands should need."
-    if kind == ESTIMATES: return print(json.dumps(expected_memory(*arguments)))
-    for name in LIBRARIES: import_module(name)
-    spare()
-    return 0 if kind == IMPORTS else import_module("mhrlhf.cli").main(arguments)
-
-def expected_memory(weights, dtype, side, batch, rows, thin):
+def expected_memory(options):
     "GB of each command, by the estimates that they print on a GPU; CLIP's own weights come to them."
     from mhrlhf.images.memory import estimate_memory, estimate_update
     from mhrlhf.images.sampler import Sampling
     from mhrlhf.pocket.full_shape import full_backbone, full_networks
     from mhrlhf.tuning.adapters import add_adapter
-    meta, cpu, kind = torch.device("meta"), torch.device("cpu"), getattr(torch, dtype)
-    thin, side = thin == "True", int(side)
-    clip = sum(p.numel() * p.element_size() for p in full_backbone(meta, thin).model.parameters()) / GB
+    meta, cpu, side, how = torch.device("meta"), torch.device("cpu"), options.side, how_to(options.thin)
+    kind = getattr(torch, how["dtype"])
+    clip = sum(p.numel() * p.element_size() for p in full_backbone(meta, options.thin).model.parameters()) / GB
     def sampling(n, guidance=GUIDANCE):
-        return estimate_memory(Sampling(1, guidance, n, side, side), n, f"{weights}/sdxl", cpu, kind)
-    looks, unet = sampling(2), full_networks(meta, thin, kind)["unet"]
+        return estimate_memory(Sampling(1, guidance, n, side, side), n, "weights/sdxl", cpu, kind)
+    looks = sampling(2)
     def tuning(adapter, n):
+        unet = full_networks(meta, options.thin, kind)["unet"]
         update = estimate_update(unet, lambda copy: add_adapter(copy, adapter), n, side // 8, side // 8, kind, False)
         return clip + max(looks["total"], looks["weights"] + update)
-    return {"generate": sampling(int(batch))["total"], "train-reward": clip + sampling(IMAGES, 1.)["total"],
-            "score": clip, "train-dspo": tuning("dora", int(rows)), "train-dspo of pairs": tuning("lora", 2),
+    return {"generate": sampling(how["batch"])["total"], "train-reward": clip + sampling(IMAGES, 1.)["total"],
+            "score": clip, "train-dspo": tuning("dora", how["rows"]), "train-dspo of pairs": tuning("lora", 2),
             "evaluate": clip + looks["total"], "inference": sampling(1)["total"], "export": looks["weights"]}
 
-def alone(kind, *arguments, **options):
-    "Start such a process."
-    return subprocess.Popen([sys.executable, FILE, kind, *map(str, arguments)], **options)
-
-def peak_of(log, kind, *arguments):
-    "Exit code of such a process, its seconds of the clock and of all processors, and the most memory it held, in GB."
-    start, process = time.perf_counter(), alone(kind, *arguments, stdout=log, stderr=log)
-    _, status, used = os.wait4(process.pid, 0)
+def peak_of(log, work, *arguments):
+    "Work in a process of its own: exit code, seconds of the clock and of all processors, the most memory held, in GB."
+    sys.stdout.flush()
+    start, child = time.perf_counter(), os.fork()
+    if not child: _end_with(log, work, *arguments)
+    _, status, used = os.wait4(child, 0)
     return dict(code=os.waitstatus_to_exitcode(status), seconds=time.perf_counter() - start,
                 cpu_seconds=used.ru_utime + used.ru_stime, peak_gb=used.ru_maxrss * 1024 / GB)
+
+def _end_with(log, work, *arguments):
+    "Work, and end this process; what it says goes into the log."
+    code = 1
+    for stream in (1, 2): os.dup2(log.fileno(), stream)
+    try: code = work(*arguments) or 0
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 class Rehearsal:
     "The workflow's commands, each in a process of its own; what is done is kept, and the same call goes on from there."
     def __init__(self, report, options):
-        self.report = report
-        side = options.side if options.side != LARGE else 32 if options.thin else 256
-        how = prepare_study(options.folder, side, options.thin)
+        if options.side == LARGE: options.side = 32 if options.thin else 256
+        self.report, self.options = report, options
+        os.makedirs(options.folder, exist_ok=True)
         os.chdir(options.folder)
-        self.place, self.done = Path("done.json"), {}
-        if self.place.exists(): self.done = json.loads(self.place.read_text())
-        given = "weights", how["dtype"], side, how["batch"], how["rows"], options.thin
-        told = alone(ESTIMATES, *given, stdout=subprocess.PIPE, text=True).communicate()[0]
-        self.expected = json.loads(told.splitlines()[-1])
+        self.place = Path("done.json")
+        self.done = json.loads(self.place.read_text()) if self.place.exists() else {}
+
+    def begin(self, log):
+        "Weights and settings, what the imports alone hold, and what the commands should need."
+        assert peak_of(log, prepare_study, ".", self.options.side, self.options.thin)["code"] == 0, "see log.txt"
+        for name in LIBRARIES: import_module(name)
+        spare()
+        self.imports = peak_of(log, int)
+        def estimate(): Path("expected.json").write_text(json.dumps(expected_memory(self.options)))
+        assert peak_of(log, estimate)["code"] == 0, "see log.txt"
+        self.expected = json.loads(Path("expected.json").read_text())
 
     def keep(self, name, row):
         self.done[name] = row
@@ -675,20 +684,18 @@ class Rehearsal:
         pairs = command[0] == "train-dspo" and "--objective" in command
         return self.expected.get(f"{command[0]} of pairs" if pairs else command[0])
 
-    def run(self, log, command, imports):
+    def run(self, log, command):
         "One command: its row."
-        row = peak_of(log, COMMAND, *command, *CHOSEN)
-        row["own_gb"], estimate = row["peak_gb"] - imports["peak_gb"], self.estimate(command)
+        row = peak_of(log, import_module("mhrlhf.cli").main, [*command, *CHOSEN])
+        row["own_gb"], estimate = row["peak_gb"] - self.imports["peak_gb"], self.estimate(command)
         return row | (dict(estimate_gb=estimate, ratio=row["own_gb"] / estimate) if estimate else {})
 
     def all(self, log):
         "Every command that is not done yet; the exit code."
-        imports = self.done.get(IMPORTS) or peak_of(log, IMPORTS)
-        self.keep(IMPORTS, imports)
         for i, command in enumerate(workflow_commands()):
             name = f"{i} {command.__name__ if callable(command) else ' '.join(command)}"
             if name not in self.done:
-                row = command() or {} if callable(command) else self.run(log, command, imports)
+                row = command() or {} if callable(command) else self.run(log, command)
                 if row.get("code"): return self.tell(name, row)
                 self.keep(name, row)
             self.tell(name, self.done[name])
@@ -702,8 +709,10 @@ def measure_cpu(report, options):
     "The workflow's commands on the CPU, with the memory of each beside what the package estimates."
     describe(report, torch.device("cpu"))
     rehearsal = Rehearsal(report, options)
-    report.add("weights on the disk, and estimates", report.spent, "s")
-    with open("log.txt", "a") as log: return rehearsal.all(log)
+    with open("log.txt", "a") as log:  # nothing is computed in this process: its threads would not be in the others
+        rehearsal.begin(log)
+        report.add("weights, imports and estimates", report.spent, "s", imports_gb=rehearsal.imports["peak_gb"])
+        return rehearsal.all(log)
 
 # The command -------------------------------------------------------------------------------------------------
 
@@ -725,7 +734,6 @@ def read_options():
     return options
 
 def main():
-    if sys.argv[1:2] and sys.argv[1] in (COMMAND, IMPORTS, ESTIMATES): return work_alone(sys.argv[1], sys.argv[2:])
     options = read_options()
     report = Report(options.json and str(Path(options.json).absolute()), options.seconds, options.only)
     if options.cpu: return measure_cpu(report, options)
