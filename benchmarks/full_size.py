@@ -6,15 +6,19 @@ in our own loop, the tiny decoder beside the full one, and what fits into 16, 24
 and written as it comes. --rehearse runs the same sections on the pocket and the CPU, to see that they run.
 
 With --cpu the workflow's commands, one after the other, in full size or --thin, with the seconds and the memory that
-each takes: generate, annotate (the sheet filled with RANDOM ratings), train-reward, score, train-dspo with each
-objective and a resumed run, evaluate by the heads, inference at half the tuning, export for other programs. Weights
-and results go to --folder; in full size 24 GB of memory and 10 GB of disk are needed."""
+each takes, beside the memory that the package estimates: generate, annotate (the sheet filled with RANDOM ratings),
+train-reward, score, train-dspo with each objective and a resumed run, evaluate by the heads, inference at half the
+tuning, export for other programs. Weights and results go to --folder, and the same call goes on after the last command
+that was done; in full size 24 GB of memory and 10 GB of disk are needed."""
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
-import argparse, gc, json, os, platform, subprocess, sys, time, traceback
+import argparse, gc, json, os, platform, sys, time, traceback
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is there, as the command line does it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -537,9 +541,9 @@ steps = {steps}
 guidance_scale = 5.0
 width = {side}
 height = {side}
-batch = 8
+batch = {batch}
 prompts = prompts.csv
-generate.seeds = {seeds}
+generate.seeds = 3
 metadata = generated.csv
 images = images
 annotations = sheet.csv
@@ -551,12 +555,12 @@ score.output = scores.csv
 opposites = none
 folds = 2
 epochs = 4
-draws = 8
+draws = 12
 members = 1
 noise_epochs = 1
 copies = 0
 updates = 2
-train-dspo.batch = 2
+train-dspo.batch = {rows}
 watched = 2
 watch_every = 2
 watch_steps = 1
@@ -568,64 +572,149 @@ evaluate.batch = 2
 inference.output = pictures
 """
 
+def how_to(thin):
+    "Settings that differ between the shapes; bfloat16 is slow on most CPUs, but float32 would not fit."
+    if thin: return dict(dtype="float32", steps=1, batch=12, rows=2)
+    return dict(dtype="bfloat16", steps=2, batch=4, rows=1)
+
 def prepare_study(folder, side, thin):
     "Weights, prompts and settings in a folder."
     from mhrlhf.pocket.full_shape import full_shape
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline, backbone = full_shape(folder / "weights", thin)
-    for name, prompts in (("prompts", PROMPTS), ("heldout", HELDOUT)):
+    for name, prompts in (("prompts", PROMPTS[:4]), ("heldout", HELDOUT)):
         table = pd.DataFrame(dict(prompt_id=[f"{name[0]}{i}" for i in range(len(prompts))], prompt=prompts))
         table.to_csv(folder / f"{name}.csv", index=False)
-    seeds = -(-40 // len(PROMPTS))  # 40 images are the fewest of which heads are learned
-    how = dict(dtype="float32", steps=1) if thin else dict(dtype="bfloat16", steps=2)  # bfloat16 is slow on most CPUs
     places = dict(pipeline=pipeline.absolute(), backbone=backbone.absolute())
-    settings = SETTINGS.format(side=side, seeds=seeds, **places, **how)
+    settings = SETTINGS.format(side=side, **places, **how_to(thin))
     (folder / "settings.ini").write_text(settings)
 
+IMAGES = 12  # rated ones; below 40 no heads are trained, but these are of no use anyway
+RATED = "spatial_rating", "style_rating"  # two heads show what five would
+
 def rate_at_random(sheet="sheet.csv"):
-    "Fill a sheet with RANDOM ratings: nothing that is learned from them means anything."
+    "Fill two aspects of a sheet with RANDOM ratings: nothing that is learned from them means anything."
     table, draw = pd.read_csv(sheet), np.random.default_rng(0)
-    for column in [c for c in table.columns if c.endswith("_rating") and c != "overall_rating"]:
-        table[column] = draw.integers(1, 8, len(table))
+    for column in RATED: table[column] = draw.integers(1, 8, len(table))
     table.assign(rater="RANDOM").to_csv(sheet, index=False)
+
+def spare(put=setattr):
+    "Heads are trained of few images and looked at under one level of noise; `put` sets a module's attribute."
+    from mhrlhf.reward import train
+    put(train, "FEWEST", IMAGES)
+    put(train, "correlation_by_noise", partial(train.correlation_by_noise, levels=(500,)))
 
 def workflow_commands():
     "The user's commands in their order; a function stands for what a person does between them."
     tune = ["train-dspo", "--output"]
     others = [[*tune, f"dspo-{name}", "--objective", name, "--adapter", "lora"] for name in OBJECTIVES[1:]]
     return [["generate"], ["annotate"], rate_at_random, ["annotate"], ["train-reward"], ["score", "generated.csv"],
-            [*tune, "dspo"], [*tune, "dspo", "--updates", "3"], *others, ["evaluate"],
+            [*tune, "dspo"], *others, [*others[1], "--updates", "3"], ["evaluate"],
             ["inference", "--prompt", HELDOUT[0], "--strength", "0.5", "--batch", "1"],
             ["export", "--output", "kohya.safetensors"]]
 
 CHOSEN = ["--profile", "shapes", "--settings", "settings.ini"]
-MHRLHF = [sys.executable, "-c", "import sys; from mhrlhf.cli import main; sys.exit(main())"]
+LIBRARIES = ("mhrlhf.tuning.dspo", "mhrlhf.proof.evaluate", "mhrlhf.cli", "open_clip",
+             "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl")
 
-def peak_of(command, log):
-    "Run a command; its exit code and the most memory that it held, in GB."
-    process = subprocess.Popen([*MHRLHF, *command, *CHOSEN], stdout=log, stderr=log)
-    _, status, used = os.wait4(process.pid, 0)
-    return os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024 / GB
+def expected_memory(options):
+    "GB of each command, by the estimates that they print on a GPU; CLIP's own weights come to them."
+    from mhrlhf.images.memory import estimate_memory, estimate_update
+    from mhrlhf.images.sampler import Sampling
+    from mhrlhf.pocket.full_shape import full_backbone, full_networks
+    from mhrlhf.tuning.adapters import add_adapter
+    meta, cpu, side, how = torch.device("meta"), torch.device("cpu"), options.side, how_to(options.thin)
+    kind = getattr(torch, how["dtype"])
+    clip = sum(p.numel() * p.element_size() for p in full_backbone(meta, options.thin).model.parameters()) / GB
+    def sampling(n, guidance=GUIDANCE):
+        return estimate_memory(Sampling(1, guidance, n, side, side), n, "weights/sdxl", cpu, kind)
+    looks = sampling(2)
+    def tuning(adapter, n):
+        unet = full_networks(meta, options.thin, kind)["unet"]
+        update = estimate_update(unet, lambda copy: add_adapter(copy, adapter), n, side // 8, side // 8, kind, False)
+        return clip + max(looks["total"], looks["weights"] + update)
+    return {"generate": sampling(how["batch"])["total"], "train-reward": clip + sampling(IMAGES, 1.)["total"],
+            "score": clip, "train-dspo": tuning("dora", how["rows"]), "train-dspo of pairs": tuning("lora", 2),
+            "evaluate": clip + looks["total"], "inference": sampling(1)["total"], "export": looks["weights"]}
+
+def peak_of(log, work, *arguments):
+    "Work in a process of its own: exit code, seconds of the clock and of all processors, the most memory held, in GB."
+    sys.stdout.flush()
+    start, child = time.perf_counter(), os.fork()
+    if not child: _end_with(log, work, *arguments)
+    _, status, used = os.wait4(child, 0)
+    return dict(code=os.waitstatus_to_exitcode(status), seconds=time.perf_counter() - start,
+                cpu_seconds=used.ru_utime + used.ru_stime, peak_gb=used.ru_maxrss * 1024 / GB)
+
+def _end_with(log, work, *arguments):
+    "Work, and end this process; what it says goes into the log."
+    code = 1
+    for stream in (1, 2): os.dup2(log.fileno(), stream)
+    try: code = work(*arguments) or 0
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+class Rehearsal:
+    "The workflow's commands, each in a process of its own; what is done is kept, and the same call goes on from there."
+    def __init__(self, report, options):
+        if options.side == LARGE: options.side = 32 if options.thin else 256
+        self.report, self.options = report, options
+        os.makedirs(options.folder, exist_ok=True)
+        os.chdir(options.folder)
+        self.place = Path("done.json")
+        self.done = json.loads(self.place.read_text()) if self.place.exists() else {}
+
+    def begin(self, log):
+        "Weights and settings, what the imports alone hold, and what the commands should need."
+        assert peak_of(log, prepare_study, ".", self.options.side, self.options.thin)["code"] == 0, "see log.txt"
+        for name in LIBRARIES: import_module(name)
+        spare()
+        self.imports = peak_of(log, int)
+        place = Path("expected.json")
+        def estimate(): place.write_text(json.dumps(expected_memory(self.options)))
+        if not place.exists(): assert peak_of(log, estimate)["code"] == 0, "see log.txt"
+        self.expected = json.loads(place.read_text())
+
+    def keep(self, name, row):
+        self.done[name] = row
+        self.place.write_text(json.dumps(self.done, indent=1) + "\n")
+
+    def estimate(self, command):
+        pairs = command[0] == "train-dspo" and "--objective" in command
+        return self.expected.get(f"{command[0]} of pairs" if pairs else command[0])
+
+    def run(self, log, command):
+        "One command: its row."
+        row = peak_of(log, import_module("mhrlhf.cli").main, [*command, *CHOSEN])
+        row["own_gb"], estimate = row["peak_gb"] - self.imports["peak_gb"], self.estimate(command)
+        return row | (dict(estimate_gb=estimate, ratio=row["own_gb"] / estimate) if estimate else {})
+
+    def all(self, log):
+        "Every command that is not done yet; the exit code."
+        for i, command in enumerate(workflow_commands()):
+            name = f"{i} {command.__name__ if callable(command) else ' '.join(command)}"
+            if name not in self.done:
+                row = command() or {} if callable(command) else self.run(log, command)
+                if row.get("code"): return self.tell(name, row)
+                self.keep(name, row)
+            self.tell(name, self.done[name])
+        return 0
+
+    def tell(self, name, row):
+        if row: self.report.add(name[:50], row["seconds"], "s", **{k: v for k, v in row.items() if k != "seconds"})
+        return row.get("code", 0)
 
 def measure_cpu(report, options):
-    "The workflow's commands, each in a process of its own."
+    "The workflow's commands on the CPU, with the memory of each beside what the package estimates."
     describe(report, torch.device("cpu"))
-    side = options.side if options.side != LARGE else 32 if options.thin else 256
-    prepare_study(options.folder, side, options.thin)
-    os.chdir(options.folder)
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
-    report.add("weights on the disk", report.spent, "s")
-    with open("log.txt", "w") as log:
-        for command in workflow_commands():
-            if callable(command):
-                command()
-                continue
-            start = time.perf_counter()
-            code, peak = peak_of(command, log)
-            report.add(" ".join(command)[:50], time.perf_counter() - start, "s", peak_gb=peak, code=code)
-            if code: return code
-    return 0
+    rehearsal = Rehearsal(report, options)
+    with open("log.txt", "a") as log:  # nothing is computed in this process: its threads would not be in the others
+        rehearsal.begin(log)
+        report.add("weights, imports and estimates", report.spent, "s", imports_gb=rehearsal.imports["peak_gb"])
+        return rehearsal.all(log)
 
 # The command -------------------------------------------------------------------------------------------------
 

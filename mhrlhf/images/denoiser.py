@@ -69,7 +69,7 @@ class Denoiser:
         if pipe.device.type == "cuda": pipe.vae.enable_slicing()  # one by one is as fast, in a fraction of the memory
 
     @property
-    def device(self) -> torch.device: return self.unet.device
+    def device(self) -> torch.device: return next(self.unet.parameters()).device  # diffusers' looks at every module
 
 # %% ../../nbs/images/17_denoiser.ipynb #1fdd4b13
 @patch
