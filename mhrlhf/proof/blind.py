@@ -238,6 +238,9 @@ def _notes(gone, older, taught):
                      "with another --database")
     if taught: yield f"{taught} votes between rated images are no proof and are left out; --csv writes them"
 
+_GONE_ALL = ("no choices yet of images that exist: {} votes are for pairs that no longer do; ask again (mhrlhf choose), or "
+             "bring the images back")
+
 def results(settings: ChooseSettings) -> list:  # of lines
     "What people chose. Raises `InputError` without any vote."
     store = RatingStore(settings.database)
@@ -245,6 +248,7 @@ def results(settings: ChooseSettings) -> list:  # of lines
     taught, votes = _split(votes, settings.metadata)
     lines = list(_notes(gone, _older(votes), len(taught)))
     if len(taught) and not len(votes): return lines
+    if gone and not len(votes): raise InputError(_GONE_ALL.format(gone))
     report = choice_report(votes)
     for aspect, r in report.iterrows():
         enough = "never at this rate" if pd.isna(r.prompts_needed) else f"{r.prompts_needed:.0f} prompts"

@@ -18,11 +18,16 @@ from ..core.plots import picture_grid, save_figure
 from .evaluate import PAIRS, image_file
 
 # %% ../../nbs/proof/64_portfolio.ipynb #4913dd92
+_NEEDED = "pairs", "prompts", "judged_by", "table", "together", "conclusion"
+
 def read_evaluation(
     folder,    # of `mhrlhf evaluate`
 ) -> tuple:    # evaluation.json as a dict, pairs as a DataFrame
     "What an evaluation wrote. Raises `InputError` if it is not whole."
     about = read_json(Path(folder) / "evaluation.json")
+    if missing := [name for name in _NEEDED if name not in about]:
+        raise InputError(f"{folder}: evaluation.json lacks {', '.join(missing)}: half an evaluation, or another "
+                         "version's; run mhrlhf evaluate again")
     try: pairs = pd.read_csv(Path(folder) / PAIRS, index_col="pair", keep_default_na=False)
     except (OSError, ValueError): pairs = pd.DataFrame()
     if len(pairs) == about.get("pairs", -1): return about, pairs

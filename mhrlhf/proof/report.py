@@ -57,7 +57,8 @@ _STYLE = ("body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 
           "td,th{padding:2px 8px;text-align:right}th:first-child,td:first-child{text-align:left}"
           "tbody th{font-weight:normal}.yes{color:#06752b}.part{color:#8a5a00}.no{color:#b00020}details{margin:.5em 0}"
           ".row{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;max-width:100%;overflow-x:auto}img{max-width:100%}"
-          "figcaption{font-size:85%;max-width:32em}@media(max-width:50em){img{max-width:none}}")
+          "figcaption{font-size:85%;max-width:32em}@media(max-width:50em){img{max-width:none}"
+          "table{font-size:80%}td.part{white-space:normal}}")
 _ALLOWED = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MADE_BY = "<meta name='generator' content='mhrlhf report'>"
 
@@ -122,9 +123,14 @@ def file_hashes(
     return pd.DataFrame(dict(sha256={str(p): _hash(p) for p in there}))
 
 # %% ../../nbs/proof/68_report.ipynb #852157ed
-def _json_of(folder, name):
+def _json_of(folder, name, *needed):
+    "A file of a stage as a dict, None if it is not there. Raises `InputError` for half a file."
     path = Path(folder) / name
-    return read_json(path) if path.exists() else None
+    if not path.exists(): return None
+    about = read_json(path)
+    if all(key in about for key in needed): return about
+    raise InputError(f"{path}: lacks {', '.join(k for k in needed if k not in about)}: half a run, or another "
+                     "version's; run it again, or remove the folder")
 
 def _figure(picture, about, said=""):
     caption = f"<figcaption>{escape(said)}</figcaption>" if said else ""
@@ -257,8 +263,10 @@ def report_html(
     settings: ReportSettings,
 ) -> str:
     "The whole report. Raises `InputError` if there is nothing to report on, or if a part is damaged."
-    metrics = _json_of(settings.reward_model, "metrics.json")
-    history, about = _json_of(settings.model, "dspo.json"), _json_of(settings.evaluation, "evaluation.json")
+    metrics = _json_of(settings.reward_model, "metrics.json", "aspects")
+    history = _json_of(settings.model, "dspo.json", "aspects", "history", "stopped", "kept_update")
+    there = (Path(settings.evaluation) / "evaluation.json").exists()
+    about = read_evaluation(settings.evaluation)[0] if there else None
     if not (metrics or history or about): raise InputError(_nothing(settings))
     rests_on = [_sqlite_file(settings.database), settings.metadata, Path(settings.reward_model) / "reward_model.json",
                 Path(settings.model) / "pytorch_lora_weights.safetensors"]
