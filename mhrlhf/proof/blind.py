@@ -234,12 +234,12 @@ def _split(votes, metadata):
 def _notes(gone, older, taught):
     "What is to be known before the figures are read."
     if gone: yield f"{gone} votes for pairs whose images no longer exist are left out"
-    if older: yield (f"{older} votes are older than their images: if an evaluation has made these anew since, ask again "
-                     "with another --database")
+    if older: yield (f"{older} votes are older than their images: if an evaluation has made these anew since, ask "
+                     "again with another --database")
     if taught: yield f"{taught} votes between rated images are no proof and are left out; --csv writes them"
 
-_GONE_ALL = ("no choices yet of images that exist: {} votes are for pairs that no longer do; ask again (mhrlhf choose), or "
-             "bring the images back")
+_GONE_ALL = ("no choices yet of images that exist: {} votes are for pairs that no longer do; ask again (mhrlhf choose), "
+             "or bring the images back")
 
 def results(settings: ChooseSettings) -> list:  # of lines
     "What people chose. Raises `InputError` without any vote."
@@ -265,7 +265,8 @@ def _refuse_foreign(path):
     "Raises `InputError` for a file that holds no choices."
     if not Path(path).exists(): return
     with plain_faults(): text = Path(path).read_text(encoding="utf-8", errors="replace")
-    if text.split("\n")[0].strip() != "winner,loser": raise InputError(f"{path}: holds no choices; choose another --csv")
+    if text.split("\n")[0].strip() == "winner,loser": return
+    raise InputError(f"{path}: holds no choices; choose another --csv")
 
 def _write_csv(settings):
     "Write the choices between rated images. Raises `InputError` without any, and for a file that is another thing."
