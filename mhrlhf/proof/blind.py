@@ -238,8 +238,8 @@ def _notes(gone, older, taught):
                      "again with another --database")
     if taught: yield f"{taught} votes between rated images are no proof and are left out; --csv writes them"
 
-_GONE_ALL = ("no choices yet of images that exist: {} votes are for pairs that no longer do; ask again (mhrlhf choose), "
-             "or bring the images back")
+_GONE_ALL = ("no choices yet of images that exist: {} votes are for pairs that no longer do; ask again "
+             "(mhrlhf choose), or bring the images back")
 
 def results(settings: ChooseSettings) -> list:  # of lines
     "What people chose. Raises `InputError` without any vote."
