@@ -14,11 +14,13 @@ import numpy as np
 
 from .core.aspects import NAMES
 from .core.files import InputError, fingerprint, read_json, write_json
+from .core.plots import save_figure
 from .core.settings import MODULES, ReportSettings, TestPipelineSettings, load_settings
 from .pocket.judge import accuracy, load_judge
 from .pocket.scenes import scene_batch
 from .proof.compare import gain_text, win_text
 from .proof.evaluate import together_line
+from .proof.portfolio import overview
 from .proof.report import run as write_report
 
 # %% ../nbs/80_workflow.ipynb #911990c9
@@ -199,7 +201,8 @@ def clear(
 
 # %% ../nbs/80_workflow.ipynb #4a309109
 _TO_LOOK_AT = (
-    "report.html", "summary.json", "evaluation/before_after.png", "evaluation/worst.png", "evaluation/gains.png",
+    "report.html", "summary.json", "evaluation/before_after.png", "evaluation/portfolio.png", "evaluation/worst.png",
+    "evaluation/gains.png",
     "multihead_reward_model/reward_model.json", "dspo_model/pytorch_lora_weights.safetensors", "dspo_model/gains.png",
     "dspo_model/responses.png", "dspo_model/weights.png", "multihead_reward_model/noise_heads.png",
     "generated.csv", "multihead_ratings.csv", "ratings.db",
@@ -210,11 +213,12 @@ def _outside(folder):
                       f"whose ratings know images by their paths in it; choose a folder in {Path.cwd()}")
 
 def _report(root):
-    "One page about the run."
+    "One page about the run, and its portfolio on one sheet."
     folders = dict(reward_model=root / "multihead_reward_model", model=root / "dspo_model",
                    evaluation=root / "evaluation")
     write_report(ReportSettings(database=f"sqlite:///{root / 'ratings.db'}", metadata=root / "generated.csv",
                                 output=root / "report.html", **folders))
+    save_figure(overview(root / "evaluation"), root / "evaluation/portfolio.png")
 
 def run(
     settings: TestPipelineSettings,

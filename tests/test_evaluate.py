@@ -74,3 +74,42 @@ def test_another_evaluation_is_not_written_over(study, capsys):
     assert run(study, "--limit", "1", "--force") == 2  # goes on to the model, which is not there
     assert "no tuned model here" in capsys.readouterr().err
     assert (study / "evaluation/evaluation.json").read_text() == '{"mark": "of another run"}'
+
+def command(stage, folder, *more): return main([stage, "--profile", "pocket", "--settings", str(SETTINGS), *more,
+                                                "--database", f"sqlite:///{folder}/ratings.db"])
+
+@pytest.mark.parametrize("about, said", [
+    ('{"pairs": 3', "evaluation.json: not JSON"),
+    ('{"pairs": 3}', "evaluation.json lacks prompts, judged_by, table, together, conclusion: half an evaluation"),
+    (json.dumps(dict.fromkeys(("prompts", "judged_by", "table", "together", "conclusion"), 0) | dict(pairs=3)),
+     "1 of 3 pairs in pairs.csv: half an evaluation"),
+])
+def test_half_an_evaluation_gives_no_report_and_asks_nobody(about, said, tmp_path, capsys):
+    folder, report = tmp_path / "evaluation", tmp_path / "report.html"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(about)
+    (folder / "pairs.csv").write_text("pair,prompt_id,genre,prompt,base,tuned\n0,h0,a,a fox,0,1\n")
+    report.write_text("<html><meta name='generator' content='mhrlhf report'>the last one")
+    places = "--reward-model", str(tmp_path), "--model", str(tmp_path), "--output", str(report)
+    for stage, more in (("report", places), ("choose", ())):
+        assert command(stage, tmp_path, "--evaluation", str(folder), *more) == 2
+        told = capsys.readouterr().err
+        assert said in told and len(told.splitlines()) == 1 and "the last one" in report.read_text()
+
+def test_votes_for_pairs_that_are_gone_end_in_one_line(tmp_path, capsys):
+    from mhrlhf.proof.choices import FIRST, pair_name
+    from mhrlhf.ratings.store import OVERALL, RatingStore
+    store = RatingStore(f"sqlite:///{tmp_path}/ratings.db")
+    for i in range(3): store.add_choice("ann", f"p{i}", pair_name(f"{i}a.png", f"{i}b.png"), OVERALL, FIRST)
+    assert command("choose", tmp_path, "--results") == 2
+    told = capsys.readouterr().err
+    assert "3 votes are for pairs that no longer do" in told and len(told.splitlines()) == 1
+
+def test_a_damaged_run_gives_no_report(tmp_path, capsys):
+    (tmp_path / "dspo.json").write_text('{"aspects": ["style"]}')
+    report = "--output", str(tmp_path / "report.html")
+    places = [f"--{name}={tmp_path}" for name in ("reward-model", "model", "evaluation")]
+    assert command("report", tmp_path, *places, *report) == 2
+    told = capsys.readouterr().err
+    assert "dspo.json: lacks history, stopped, kept_update: half a run" in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "report.html").exists()

@@ -57,6 +57,9 @@ def test_the_report_is_one_file_that_asks_no_host(study):
         assert all(url.startswith(("file:", "data:")) for url in asked) and not said, (asked, said)
         assert page.locator("h2").first.inner_text() == "What was asked"
         assert page.evaluate("document.documentElement.scrollWidth <= 1280"), "wider than the window"
+        page.set_viewport_size(dict(width=390, height=844))
+        assert page.evaluate("document.documentElement.scrollWidth <= 390"), "wider than a phone"
+        page.set_viewport_size(dict(width=1280, height=900))
         shot(page, "report.png", "body")
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,12 @@ def test_people_choose_and_come_back(study, page_of):
             shown.append(time.perf_counter() - began)
         print(f"\nfrom key to database: median {1000 * statistics.median(stored):.0f} ms, to the next pair: "
               f"{1000 * statistics.median(shown):.0f} ms")
+        pictures = page.locator(".mhrlhf-picture img:visible")
+        names = [pictures.nth(i).get_attribute("alt") for i in range(2)]
+        pictures.first.click()
+        seen = page.evaluate("[320, 960].map(x => document.elementFromPoint(x, 450).alt)")
+        assert names == seen == ["the left image", "the right image"], "both are enlarged, each on its side"
+        page.keyboard.press("Escape")
         assert votes(study)[2][1] == "tie" and {v for _, v, _ in votes(study)} <= {"first", "second", "tie"}
         shot(page, "blind.png")
         page.goto(page_of + "?rater=ann")

@@ -90,26 +90,31 @@ def _show_picture(ax, picture=None):
     ax.spines[:].set_visible(False)
     if picture is not None: ax.imshow(np.asarray(picture), interpolation="nearest")
 
+_ABOVE = .4  # inches for a row of titles
+
 def picture_grid(
     rows,                # list of rows; a row is a list or array of (h, w, 3) uint8 pictures
     row_titles=None,     # a text per row
     column_titles=None,  # a text per column
     scale: float = 1.,   # inches per picture
     captions=None,       # a text under each picture, in rows like the pictures
+    titles=None,         # a text above each picture, in rows like the pictures, instead of titles of columns
 ):
-    "A figure with pictures in rows, titles at the margins."
+    "A figure with pictures in rows, titles at the margins or above each picture."
     from matplotlib.figure import Figure
     rows = [list(row) for row in rows]
-    columns = max(map(len, rows))
-    fig = Figure(figsize=(columns * scale + .9, len(rows) * scale + .4), dpi=_GRID_DPI, layout="constrained")
+    columns, above = max(map(len, rows)), [column_titles] if titles is None else titles
+    height = len(rows) * scale + _ABOVE * max(sum(t is not None and len(t) > 0 for t in above), 1)
+    fig = Figure(figsize=(columns * scale + .9, height), dpi=_GRID_DPI, layout="constrained")
     axes = fig.subplots(len(rows), columns, squeeze=False)
     for i, row in enumerate(rows):
         for ax, picture in zip(axes[i], [*row, *[None] * (columns - len(row))]): _show_picture(ax, picture)
         for ax, text in zip(axes[i], captions[i] if captions is not None else ()):
             ax.set_xlabel(text, fontsize=_TINY, labelpad=1)
         if row_titles is not None: axes[i, 0].set_ylabel(row_titles[i], fontsize=_SMALL)
-    for ax, text in zip(axes[0], column_titles if column_titles is not None else ()):
-        ax.set_title(drawable(text), fontsize=_TINY, fontfamily=fonts_for(text))
+    for row, texts in zip(axes, above):
+        for ax, text in zip(row, texts if texts is not None else ()):
+            ax.set_title(drawable(text), fontsize=_TINY, fontfamily=fonts_for(text))
     return fig
 
 # %% ../../nbs/core/07_plots.ipynb #b01469af

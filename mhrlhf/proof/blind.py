@@ -16,8 +16,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.files import InputError
+from ..core.progress import plain_faults
 from ..core.settings import ChooseSettings
 from ..images.metadata import read_metadata
+from ..images.pixels import shown_bytes
 from mhrlhf.proof.choices import (
     CHECK, CHOICE_ACTIONS, CHOICE_KEYS, FIRST, LEFT, RIGHT, TIE, ChoiceSession, attention_checks, choice_report,
     evaluation_pairs, image_pairs, inattentive, write_choices,
@@ -32,30 +34,47 @@ _HIDDEN, _SHOWN = "none", "flex"  # of a box's layout
 _GONE = "This image cannot be read any more; go on with ⏎, and tell whoever runs the study."
 
 def _bytes(path):
-    try: return Path(path).read_bytes()
-    except OSError: return b""
+    try: return shown_bytes(path)
+    except InputError: return b""
 
 class _Pair(ipywidgets.HBox):
     "Two pictures side by side."
     def __init__(self, on_click):
         self.paths = None
         self.images = [ipywidgets.Image(layout=dict(width="100%")) for _ in range(2)]
-        self.buttons = [ipywidgets.Button(description=text, layout=dict(width="100%"))
+        self.buttons = [ipywidgets.Button(description=text, layout=dict(width="100%", height="36px"))
                         for text in ("left is better [←]", "right is better [→]")]
         for button, key in zip(self.buttons, (LEFT, RIGHT)): button.on_click(lambda _, key=key: on_click(key))
         sides = [ipywidgets.VBox(both, layout=dict(width="50%")) for both in zip(self.images, self.buttons)]
-        for side in sides: side.add_class("mhrlhf-picture")
-        super().__init__(sides, layout=dict(display=_HIDDEN, width="100%"))
+        for side, name in zip(sides, ("mhrlhf-left", "mhrlhf-right")):
+            side.add_class("mhrlhf-picture")
+            side.add_class(name)
+        super().__init__(sides, layout=dict(display=_HIDDEN, width="100%", grid_gap="8px"))
 
     def fill(self, paths):
         if self.paths == paths: return
         for image, path in zip(self.images, paths): image.value = _bytes(path)
         self.paths = paths
 
+# %% ../../nbs/proof/67_blind.ipynb #d18f60ab
+_PAIR_CSS = """
+.mhrlhf-zoomed .mhrlhf-left img { right: 50vw; width: 50vw; }
+.mhrlhf-zoomed .mhrlhf-right img { left: 50vw; width: 50vw; }
+@media (orientation: portrait) {
+  .mhrlhf-zoomed .mhrlhf-left img { right: 0; bottom: 50vh; width: 100vw; height: 50vh; }
+  .mhrlhf-zoomed .mhrlhf-right img { left: 0; top: 50vh; width: 100vw; height: 50vh; }
+}
+"""
+
+class _PairListener(KeyListener):
+    "The listener of the rating panel, beside two pictures."
+    _css = KeyListener._css + _PAIR_CSS
+
 # %% ../../nbs/proof/67_blind.ipynb #51682c87
 _QUESTIONS = {OVERALL: "Which of the two images is better?"}
 _HINT = ("<kbd>←</kbd> left, <kbd>→</kbd> right, <kbd>↓</kbd> no difference, <kbd>u</kbd> takes the last answer back, "
-         "<kbd>⏎</kbd> and <kbd>⌫</kbd> move without answering, click an image to enlarge it")
+         "<kbd>⏎</kbd> and <kbd>⌫</kbd> move without answering, click an image to enlarge both")
+_NAME = "Blind comparison: left and right arrow say which image is better, arrow down that there is no difference"
 
 class BlindPanel(ipywidgets.VBox):
     "Choose between images in a notebook cell. Raises `InputError` without a name or pairs."
@@ -67,12 +86,12 @@ class BlindPanel(ipywidgets.VBox):
     ):
         store = database if isinstance(database, RatingStore) else RatingStore(database, PATIENCE)
         self.session = ChoiceSession(pairs, store, rater, **options)
-        self.listener = KeyListener(accepted=[*CHOICE_KEYS, *CHOICE_ACTIONS])
+        self.listener = _PairListener(accepted=[*CHOICE_KEYS, *CHOICE_ACTIONS], name=_NAME)
         self.listener.on_msg(self._heard)
         self.status, self.prompt, self.problem = (ipywidgets.HTML() for _ in range(3))
         self.pairs, self.front = [_Pair(self.press) for _ in range(2)], 0
-        tie = ipywidgets.Button(description="no difference [↓]")
-        undo = ipywidgets.Button(description="undo [u]", layout=dict(width="auto"))
+        tie = ipywidgets.Button(description="no difference [↓]", layout=dict(height="36px"))
+        undo = ipywidgets.Button(description="undo [u]", layout=dict(width="auto", height="36px"))
         tie.on_click(lambda _: self.press(TIE[0]))
         undo.on_click(lambda _: self.press("u"))
         below = ipywidgets.HBox([tie, undo, ipywidgets.HTML(_HINT)], layout=dict(flex_flow="row wrap"))
@@ -125,7 +144,8 @@ def _heard(self: BlindPanel, _, content, __):
     self.listener.send(dict(alive=True))
 
 # %% ../../nbs/proof/67_blind.ipynb #f08cd1a0
-_WELCOME = "<h2>Which image is better?</h2><p>Who are you? What you chose before will be there.</p>"
+_WELCOME = ("<h2>Which image is better?</h2><p>You see two images of one prompt, and say which is better or that there "
+            "is no difference.</p><p>Who are you? What you chose before will be there.</p>")
 
 class BlindApp(ipywidgets.VBox):
     "The blind comparison with a question for the rater's name before it."
@@ -198,11 +218,37 @@ def _still_there(choices):
     there = choices["first"].map(exists).astype(bool) & choices["second"].map(exists).astype(bool)
     return choices[there], int((~there).sum())
 
+def _older(votes):
+    "How many votes are older than one of their images."
+    made = {p: pd.Timestamp(Path(p).stat().st_mtime, unit="s", tz="UTC") for p in {*votes["first"], *votes["second"]}}
+    newest = pd.concat([votes["first"].map(made), votes["second"].map(made)], axis=1).max(axis=1)
+    return int((newest > pd.to_datetime(votes["at"], utc=True, format="ISO8601")).sum())
+
+def _split(votes, metadata):
+    "Votes between images of the table of rated images, and the others."
+    rated = set(read_metadata(metadata).image_path) if Path(metadata).is_file() else set()
+    both = votes["first"].isin(rated) & votes["second"].isin(rated)
+    return votes[both], votes[~both]
+
+# %% ../../nbs/proof/67_blind.ipynb #a6b80f35
+def _notes(gone, older, taught):
+    "What is to be known before the figures are read."
+    if gone: yield f"{gone} votes for pairs whose images no longer exist are left out"
+    if older: yield (f"{older} votes are older than their images: if an evaluation has made these anew since, ask "
+                     "again with another --database")
+    if taught: yield f"{taught} votes between rated images are no proof and are left out; --csv writes them"
+
+_GONE_ALL = ("no choices yet of images that exist: {} votes are for pairs that no longer do; ask again "
+             "(mhrlhf choose), or bring the images back")
+
 def results(settings: ChooseSettings) -> list:  # of lines
     "What people chose. Raises `InputError` without any vote."
     store = RatingStore(settings.database)
     votes, gone = _still_there(store.choices())
-    lines = [f"{gone} votes for pairs whose images no longer exist are left out"] if gone else []
+    taught, votes = _split(votes, settings.metadata)
+    lines = list(_notes(gone, _older(votes), len(taught)))
+    if len(taught) and not len(votes): return lines
+    if gone and not len(votes): raise InputError(_GONE_ALL.format(gone))
     report = choice_report(votes)
     for aspect, r in report.iterrows():
         enough = "never at this rate" if pd.isna(r.prompts_needed) else f"{r.prompts_needed:.0f} prompts"
@@ -212,10 +258,28 @@ def results(settings: ChooseSettings) -> list:  # of lines
     said = [f"{rater} preferred noise in {share:.0%} of the attention checks" for rater, share in failed.items()]
     return lines + said
 
+# %% ../../nbs/proof/67_blind.ipynb #0f93bd46
+_HELD_OUT = "choices between other images teach nothing: the prompts of an evaluation are held out"
+
+def _refuse_foreign(path):
+    "Raises `InputError` for a file that holds no choices."
+    if not Path(path).exists(): return
+    with plain_faults(): text = Path(path).read_text(encoding="utf-8", errors="replace")
+    if text.split("\n")[0].strip() == "winner,loser": return
+    raise InputError(f"{path}: holds no choices; choose another --csv")
+
+def _write_csv(settings):
+    "Write the choices between rated images. Raises `InputError` without any, and for a file that is another thing."
+    _refuse_foreign(settings.csv)
+    taught, others = _split(_still_there(RatingStore(settings.database).choices())[0], settings.metadata)
+    if len(others) and not len(taught):
+        raise InputError(f"{settings.metadata}: no choice between its images, and {len(others)} {_HELD_OUT}; "
+                         "choose between rated ones with mhrlhf choose --pairs images, or name their --metadata")
+    print(f"{settings.csv}: {write_choices(settings.csv, taught)} choices")
+    if len(others): print(f"left out: {len(others)} {_HELD_OUT}")
+
 def run(settings: ChooseSettings) -> int:
     "The stage `choose`. Raises `InputError` for what the user can mend."
-    if settings.csv:
-        votes, _ = _still_there(RatingStore(settings.database).choices())
-        print(f"{settings.csv}: {write_choices(settings.csv, votes)} choices")
+    if settings.csv: _write_csv(settings)
     if settings.results: print("\n".join(results(settings)))
     return 0 if settings.csv or settings.results else _serve(settings)

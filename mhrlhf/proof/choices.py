@@ -61,7 +61,7 @@ def add_choice(self: RatingStore,
 def choices(self: RatingStore,
     rater: str = "",         # only this rater's
     source: str = "panel",   # or check
-) -> pd.DataFrame:           # rater, prompt_id, first, second, aspect, choice
+) -> pd.DataFrame:           # rater, prompt_id, first, second, aspect, choice, at (when)
     "The choices that count."
     t = CHOICES.c
     last = sql.select(sql.func.max(t.id)).group_by(t.rater, t.image_path, t.aspect, t.source)
@@ -70,7 +70,7 @@ def choices(self: RatingStore,
     with self.engine.connect() as c: found = pd.read_sql(query, c)
     names = found.image_path.str.split(_BETWEEN, n=1, expand=True, regex=False).reindex(columns=[0, 1])
     return pd.DataFrame(dict(rater=found.rater, prompt_id=found.prompt_id, first=names[0], second=names[1],
-                             aspect=found.aspect, choice=found.value))
+                             aspect=found.aspect, choice=found.value, at=found.created_at))
 
 # %% ../../nbs/proof/66_choices.ipynb #4ff004ca
 PAIR_COLUMNS = ("prompt_id", "prompt", "first", "second")

@@ -188,13 +188,14 @@ def _words(texts):
     counts = pd.Series([len(t.split()) for t in texts])
     third = pd.qcut(counts.rank(method="dense"), _LENGTHS, labels=False, duplicates="drop")
     ends = counts.groupby(third).agg(["min", "max"])
-    return third.map({k: f"{r['min']} words" if r["min"] == r["max"] else f"{r['min']}-{r['max']} words"
-                      for k, r in ends.iterrows()})
+    names = {k: f"{r['min']} words" if r["min"] == r["max"] else f"{r['min']}-{r['max']} words"
+             for k, r in ends.iterrows()}
+    return third.map(names).astype(pd.CategoricalDtype(list(names.values())))  # from short to long
 
 def _per_group(before, after, prompts, labels):
     "The composite in each group with two prompts; None if there is only one group."
     base, tuned, rows = before[[COMPOSITE]], after[[COMPOSITE]], {}
-    for name, i in labels.groupby(labels).groups.items():
+    for name, i in labels.groupby(labels, observed=True).groups.items():
         if len(set(prompts[i])) > 1:
             rows[name] = compare(base.loc[i], tuned.loc[i], prompts[i]).loc[COMPOSITE].to_dict() | dict(pairs=len(i))
     return pd.DataFrame.from_dict(rows, orient="index") if rows else None

@@ -53,8 +53,12 @@ _DPI = 90  # of contact sheets
 
 # %% ../../nbs/proof/68_report.ipynb #b721bffc
 _STYLE = ("body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em;line-height:1.4}"
+          "table{display:block;max-width:100%;overflow-x:auto;margin:.8em 0}td{white-space:nowrap}"
           "td,th{padding:2px 8px;text-align:right}th:first-child,td:first-child{text-align:left}"
-          "tbody th{font-weight:normal}img{max-width:100%}.yes{color:#06752b}.no{color:#b00020}details{margin:.5em 0}")
+          "tbody th{font-weight:normal}.yes{color:#06752b}.part{color:#8a5a00}.no{color:#b00020}details{margin:.5em 0}"
+          ".row{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;max-width:100%;overflow-x:auto}img{max-width:100%}"
+          "figcaption{font-size:85%;max-width:32em}@media(max-width:50em){img{max-width:none}"
+          "table{font-size:80%}td.part{white-space:normal}}")
 _ALLOWED = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MADE_BY = "<meta name='generator' content='mhrlhf report'>"
 
@@ -64,6 +68,7 @@ def page(
 ) -> str:
     "A whole page that needs no other file and asks no host."
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{_MADE_BY}"
+            f"<meta name='viewport' content='width=device-width,initial-scale=1'>"
             f"<meta http-equiv='Content-Security-Policy' content=\"{_ALLOWED}\"><title>{escape(title)}</title>"
             f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n")
 
@@ -118,14 +123,23 @@ def file_hashes(
     return pd.DataFrame(dict(sha256={str(p): _hash(p) for p in there}))
 
 # %% ../../nbs/proof/68_report.ipynb #852157ed
-def _json_of(folder, name):
+def _json_of(folder, name, *needed):
+    "A file of a stage as a dict, None if it is not there. Raises `InputError` for half a file."
     path = Path(folder) / name
-    return read_json(path) if path.exists() else None
+    if not path.exists(): return None
+    about = read_json(path)
+    if all(key in about for key in needed): return about
+    raise InputError(f"{path}: lacks {', '.join(k for k in needed if k not in about)}: half a run, or another "
+                     "version's; run it again, or remove the folder")
 
-def _pictures(folder, *names):
-    "Pictures of a stage that are there, side by side where the window is wide enough."
-    paths = [Path(folder) / f"{name}.png" for name in names]
-    return f"<p>{' '.join(picture_html(p, p.stem) for p in paths if p.exists())}</p>"
+def _figure(picture, about, said=""):
+    caption = f"<figcaption>{escape(said)}</figcaption>" if said else ""
+    return f"<figure>{picture_html(picture, about)}{caption}</figure>"
+
+def _pictures(folder, **captions):
+    "Pictures of a stage that are there, with what they show; side by side where the window is wide enough."
+    files = {Path(folder) / f"{name}.png": said for name, said in captions.items()}
+    return f"<div class='row'>{''.join(_figure(p, p.stem, said) for p, said in files.items() if p.exists())}</div>"
 
 def _settings_html(settings):
     if not settings: return ""
@@ -156,17 +170,21 @@ def _with_interval(row, name):
     return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
 
 def _reward(settings, metrics):
-    "What the heads know."
+    "What the heads know, and what a mere label predicts."
     if not metrics: return section("Reward model", _missing("the reward model", "train-reward"))
-    about = _json_of(settings.reward_model, "reward_model.json") or {}
+    about, labels = _json_of(settings.reward_model, "reward_model.json") or {}, metrics.get("labels") or {}
     rows = {a: {title: _with_interval(r, name) for name, title in _OF_A_HEAD.items() if f"{name}_low" in r}
+            | {f"{label} alone": _with_interval(own[a], "plcc") for label, own in labels.items() if a in own}
             | {"noise ceiling": "unknown" if r.get("ceiling") is None else f"{r['ceiling']:.2f}"}
             for a, r in metrics["aspects"].items()}
     simulated = " of a SIMULATED panel" if metrics.get("simulated") else ""
     said = (f"<p>{about.get('images', '?')} rated images{simulated}, backbone {escape(str(about.get('backbone')))}, "
             f"data {escape(str(metrics.get('data')))}; weights {escape(str(metrics.get('weights_from')))}</p>")
     return section("Reward model", said, table_html(pd.DataFrame(rows).T),
-                   _pictures(settings.reward_model, "scatter", "reliability", "aspects", "noise_heads"),
+                   _pictures(settings.reward_model, scatter="predicted over rated, held out",
+                             reliability="mean rating where a head predicts so much",
+                             aspects="do heads tell aspects apart as people do?",
+                             noise_heads="heads that know the noise: correlation by how much of a picture is noise"),
                    _settings_html(about.get("settings")))
 
 # %% ../../nbs/proof/68_report.ipynb #36eae18e
@@ -179,16 +197,23 @@ def _tuning(settings, history):
     looks = pd.DataFrame({f"update {h['update']}": said_of(h) for h in history["history"]}, index=history["aspects"])
     said = (f"<p>stopped: {escape(str(history['stopped']))}; kept: update {history['kept_update']}. Gains by the heads "
             "on prompts whose images they learnt from, in base standard deviations:</p>")
-    return section("Tuning", said, table_html(looks), _pictures(settings.model, "gains", "weights", "responses"),
+    return section("Tuning", said, table_html(looks), _pictures(
+        settings.model, gains="gains by the heads", weights="what the balance made of the weights",
+        responses="gains of every aspect (rows) while one head alone tunes (columns)"),
                    _settings_html(history.get("settings")))
 
 # %% ../../nbs/proof/68_report.ipynb #89589776
 def _gains_html(table):
     "A table of `compare` as people read it."
-    rows = {name: {"base": f"{r['base']:.2f}", "tuned": f"{r['tuned']:.2f}", "gain (base sd)": gain_text(r),
+    rows = {name: {"base": f"{r['base']:z.2f}", "tuned": f"{r['tuned']:z.2f}", "gain (base sd)": gain_text(r),
                    "effect size": f"{r['effect']:+.2f}", "win rate": win_text(r), "p (Holm)": p_text(r["p_holm"])}
             for name, r in table.items()}
     return table_html(pd.DataFrame(rows).T)
+
+_GAINS = dict(gains="gain of each aspect",
+              over_optimisation="the composite's gain, from pairs that moved least to those that moved most: where the "
+                                "heads alone still gain, they are being flattered",
+              along_run="the same along the run")
 
 def _group_html(kind, table):
     rows = {name: {"pairs": r["pairs"], "composite's gain": gain_text(r), "win rate": win_text(r)}
@@ -207,33 +232,41 @@ def _evaluation(settings, about):
               for name, key in (("second_judge", "second"), ("heads", "heads")) if about.get(name)]
     groups = [_group_html(kind, about[f"{kind}s"]) for kind in ("genre", "length") if about.get(f"{kind}s")]
     return section("Evaluation", head, _gains_html(about["table"]), f"<ul>{lines}</ul>",
-                   _pictures(settings.evaluation, "gains", "over_optimisation", "along_run"), *others, *groups,
+                   _pictures(settings.evaluation, **_GAINS), *others, *groups,
                    _settings_html(about.get("settings")))
 
+# %% ../../nbs/proof/68_report.ipynb #e84a2c36
 def _portfolio(settings):
     "Contact sheets: by lot first, then losses, then gains."
     _, pairs = read_evaluation(settings.evaluation)
     sheets = chosen_pairs(pairs, settings.pictures)
-    parts = [f"<h3>{escape(title)}</h3>{picture_html(contact_sheet(settings.evaluation, pairs, rows), title)}"
+    parts = [f"<h3>{escape(title)}</h3>{_figure(contact_sheet(settings.evaluation, pairs, rows), title)}"
              for title, rows in sheets.items()]
     return section("Portfolio", "<p>Base above, tuned below; the composite's change in base standard deviations.</p>",
                    *parts)
 
 # %% ../../nbs/proof/68_report.ipynb #ae14148f
+_MEANS = ("95 % intervals in brackets. Shown: the whole interval lies above what was asked; reached, not shown: only "
+          "the value does.")
+
 def _checklist_html(metrics, evaluation):
     table = checklist(metrics, evaluation)
     if not len(table): return _missing("what is to be checked", "train-reward and mhrlhf evaluate")
+    said = ["The ratings are those of a SIMULATED panel."] if (metrics or {}).get("simulated") else []
+    if evaluation: said.append(f"Gains and preferences are by {WITNESSES[evaluation['judged_by']]}.")
     html = table_html(table.set_index("asked"))
-    for word, kind in (("yes, shown", "yes"), ("reached, not shown", "no"), ("no", "no")):
+    for word, kind in (("yes, shown", "yes"), ("reached, not shown", "part"), ("no", "no")):
         html = html.replace(f"<td>{word}</td>", f"<td class='{kind}'>{word}</td>")
-    return html
+    return f"<p>{escape(' '.join([*said, _MEANS]))}</p>{html}"
 
 def report_html(
     settings: ReportSettings,
 ) -> str:
     "The whole report. Raises `InputError` if there is nothing to report on, or if a part is damaged."
-    metrics = _json_of(settings.reward_model, "metrics.json")
-    history, about = _json_of(settings.model, "dspo.json"), _json_of(settings.evaluation, "evaluation.json")
+    metrics = _json_of(settings.reward_model, "metrics.json", "aspects")
+    history = _json_of(settings.model, "dspo.json", "aspects", "history", "stopped", "kept_update")
+    there = (Path(settings.evaluation) / "evaluation.json").exists()
+    about = read_evaluation(settings.evaluation)[0] if there else None
     if not (metrics or history or about): raise InputError(_nothing(settings))
     rests_on = [_sqlite_file(settings.database), settings.metadata, Path(settings.reward_model) / "reward_model.json",
                 Path(settings.model) / "pytorch_lora_weights.safetensors"]

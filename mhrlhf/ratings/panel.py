@@ -48,6 +48,12 @@ function connect(panel, model) {
 
 # %% ../../nbs/ratings/33_panel.ipynb #d157f787
 _LABEL_JS = """
+function pictureName(img) {
+  if (img.closest(".mhrlhf-left")) return "the left image";
+  if (img.closest(".mhrlhf-right")) return "the right image";
+  return "the image to be rated";
+}
+
 function label(panel) {
   for (const row of panel.querySelectorAll(".mhrlhf-aspect")) {
     row.setAttribute("role", "group");
@@ -55,14 +61,14 @@ function label(panel) {
   }
   for (const button of panel.querySelectorAll(".mhrlhf-aspect button"))
     button.setAttribute("aria-pressed", button.classList.contains("mod-active"));
-  for (const img of panel.querySelectorAll("img")) img.alt = "the image to be rated";
+  for (const img of panel.querySelectorAll("img")) img.alt = pictureName(img);
 }
 
-function keepLabelled(panel) {
+function keepLabelled(panel, name) {
   panel.tabIndex = 0;
   panel.dataset.lmSuppressShortcuts = "true";
   panel.setAttribute("role", "application");
-  panel.setAttribute("aria-label", "Rating panel: letters choose an aspect, digits rate it, x is ten");
+  panel.setAttribute("aria-label", name);
   label(panel);
   const changes = { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] };
   new MutationObserver(() => label(panel)).observe(panel, changes);
@@ -102,7 +108,7 @@ function listen(panel, model, send) {
 # %% ../../nbs/ratings/33_panel.ipynb #c7fdeb03
 _KEYS_JS = _CONNECT_JS + _LABEL_JS + _PRESS_JS + """
 function wire(panel, model) {
-  keepLabelled(panel);
+  keepLabelled(panel, model.get("name"));
   const { send, close } = connect(panel, model);
   listen(panel, model, send);
   panel.addEventListener("click", event => {
@@ -186,6 +192,7 @@ class KeyListener(anywidget.AnyWidget):
     "Sends the keys pressed anywhere in the panel around it."
     _esm, _css = _KEYS_JS, _KEYS_CSS
     accepted = traitlets.List().tag(sync=True)  # keys that mean something; all others are left to the browser
+    name = traitlets.Unicode("Rating panel: letters choose an aspect, digits rate it, x is ten").tag(sync=True)
 
 # %% ../../nbs/ratings/33_panel.ipynb #7befca39
 def _switch(widget, name, on):

@@ -142,7 +142,7 @@ def unread_by_heads(
     def ids(text): return backbone.tokenize([text])
     whole, words = ids(prompt), prompt.split()
     if len(prompt.encode()) <= whole.shape[1] - _FRAME: return ""  # a token has at least one byte
-    if not ids(f"{prompt} and so on").equal(whole): return ""
+    if ids("").equal(whole) or not ids(f"{prompt} and so on").equal(whole): return ""  # without words, or all are read
     low, high = 0, len(words)
     while low < high:  # the fewest words that are read like all of them
         middle = (low + high) // 2
