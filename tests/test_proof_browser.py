@@ -103,7 +103,7 @@ def test_people_choose_and_come_back(study, page_of):
         pictures.first.click()
         boxes = [pictures.nth(i).bounding_box() for i in range(2)]
         assert names == ["the left image", "the right image"]
-        assert [(box["x"], box["width"]) for box in boxes] == [(0, 640), (640, 640)], "each fills its half of the window"
+        assert [(box["x"], box["width"]) for box in boxes] == [(0, 640), (640, 640)], "each fills its half"
         page.keyboard.press("Escape")
         assert votes(study)[2][1] == "tie" and {v for _, v, _ in votes(study)} <= {"first", "second", "tie"}
         shot(page, "blind.png")
