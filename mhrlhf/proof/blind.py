@@ -58,11 +58,12 @@ class _Pair(ipywidgets.HBox):
 
 # %% ../../nbs/proof/67_blind.ipynb #d18f60ab
 _PAIR_CSS = """
-.mhrlhf-zoomed .mhrlhf-left img { right: 50vw; width: 50vw; }
-.mhrlhf-zoomed .mhrlhf-right img { left: 50vw; width: 50vw; }
+.mhrlhf-zoomed .mhrlhf-picture img { margin: 0; }
+.mhrlhf-zoomed .mhrlhf-left img { right: 50vw; width: 50vw !important; }
+.mhrlhf-zoomed .mhrlhf-right img { left: 50vw; width: 50vw !important; }
 @media (orientation: portrait) {
-  .mhrlhf-zoomed .mhrlhf-left img { right: 0; bottom: 50vh; width: 100vw; height: 50vh; }
-  .mhrlhf-zoomed .mhrlhf-right img { left: 0; top: 50vh; width: 100vw; height: 50vh; }
+  .mhrlhf-zoomed .mhrlhf-left img { right: 0; bottom: 50vh; width: 100vw !important; height: 50vh; }
+  .mhrlhf-zoomed .mhrlhf-right img { left: 0; top: 50vh; width: 100vw !important; height: 50vh; }
 }
 """
 
