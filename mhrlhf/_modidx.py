@@ -1951,6 +1951,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mhrlhf.tuning.dspo._look_line': ('tuning/dspo.html#_look_line', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._memory': ('tuning/dspo.html#_memory', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._no_pairs': ('tuning/dspo.html#_no_pairs', 'mhrlhf/tuning/dspo.py'),
+                                    'mhrlhf.tuning.dspo._no_samples': ('tuning/dspo.html#_no_samples', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._other_aspects': ('tuning/dspo.html#_other_aspects', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._plan': ('tuning/dspo.html#_plan', 'mhrlhf/tuning/dspo.py'),
                                     'mhrlhf.tuning.dspo._put_aside': ('tuning/dspo.html#_put_aside', 'mhrlhf/tuning/dspo.py'),

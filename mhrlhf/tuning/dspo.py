@@ -46,6 +46,7 @@ def prepare(
     "Load model, heads and rated pictures, and begin a run. Raises `InputError` for what is missing."
     s, folder = settings, Path(settings.reward_model)
     if s.choices and s.objective not in PAIR_OBJECTIVES: raise InputError(_no_pairs(s))
+    if s.choices and s.source == "samples": raise InputError(_no_samples(s))
     reward = RewardModel.load(folder, device.type, s.backbone)
     denoiser = Denoiser(load_pipeline(s.pipeline, device.type, s.dtype, s.vae), s.width, s.height)
     heads, rated = load_noise_heads(folder, denoiser), load_rated(folder, denoiser)
@@ -60,6 +61,10 @@ def prepare(
 def _no_pairs(s):
     return (f"{s.choices}: choices are pairs, which the objective {s.objective} does not learn from; name one of "
             f"{', '.join(PAIR_OBJECTIVES)} with --objective, or leave --choices out")
+
+def _no_samples(s):
+    return (f"{s.choices}: choices are between rated pictures, and nobody chose between fresh samples; "
+            "leave --source samples or --choices out")
 
 def _chosen(s, rated):
     "The pairs that people chose. Raises `InputError`."
