@@ -193,7 +193,6 @@ def _names(cells):
 
 def _stray_quote(lines, cells, names, last):
     "Whether a record of several lines is one only because a quote was not closed."
-    if len(lines) == 1: return False
     if last and "".join(lines).count('"') % 2: return True
     return any("\n" in cell.strip() and name not in _TEXTS for name, cell in zip(names, cells))
 
@@ -208,7 +207,7 @@ def _records(layout):
             for cells in reader:
                 end = start + reader.line_num
                 names = names or _names(cells)
-                if _stray_quote(lines[done:end], cells, names, last=end == len(lines)): raise csv.Error
+                if end > done + 1 and _stray_quote(lines[done:end], cells, names, end == len(lines)): raise csv.Error
                 yield done + 1, cells
                 done = end
         except csv.Error:
@@ -222,6 +221,7 @@ _TEXT_MARK = re.compile(r"^#\s")    # the same after a text, in which what follo
 
 def _without_comment(cells, names):
     "The cells of a line without the comment behind them."
+    if "#" not in "".join(cells): return cells
     text, width = names[-1] in _TEXTS, len(names)
     mark = _TEXT_MARK if text else _MARK
     if len(cells) > width and (cells[width].startswith("#") or mark.search(cells[width - 1])): cells = cells[:width]
@@ -238,8 +238,8 @@ def _row(path, line, names, cells):
     if any(cells[len(names):]):
         counts = f"{len(cells)} cells where the header has {len(names)}"
         raise InputError(f"{path}:{line}: {counts}; quote text that holds commas")
-    missing = [""] * (len(names) - len(cells))
-    return Row(str(path), line, dict(zip(names, cells + missing)))
+    if len(cells) < len(names): cells = cells + [""] * (len(names) - len(cells))
+    return Row(path, line, dict(zip(names, cells)))
 
 # %% ../../nbs/core/01_files.ipynb #e7fe2639
 _LOOKED_AT = 10  # records in which a header is sought that is not the first one
@@ -272,7 +272,7 @@ def parse_table(
 ) -> list:                # of `Row`
     "All rows of a CSV; blank lines and lines that are only a comment are left out. Raises `InputError`."
     records = _records(layout_of(text))
-    names = _header(path, records, columns)
+    path, names = str(path), _header(path, records, columns)
     rows = []
     for line, cells in records:
         try: row = _row(path, line, names, cells)

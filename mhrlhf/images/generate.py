@@ -49,8 +49,9 @@ def prepare(
     "Check everything and put the metadata in order. Raises `InputError`."
     _check_writable(plan.images, plan.metadata.parent)
     sweep_parts(plan.tasks)
-    missing = missing_images(plan.tasks, known_rows(plan.metadata))
-    rows = order_metadata(plan.metadata, plan.tasks, missing)
+    known = known_rows(plan.metadata)
+    missing = missing_images(plan.tasks, known)
+    rows = order_metadata(plan.metadata, plan.tasks, missing, known)
     renamed, other = _outdated(plan, missing, rows)
     if plan.remake: return _discard(plan, missing, {*renamed, *other})
     raise_faults([_renamed_fault(plan.tasks[i], rows[plan.tasks[i].path], plan.prompts) for i in renamed])

@@ -234,9 +234,11 @@ def order_metadata(
     path,            # the metadata CSV
     tasks: list,     # of `Task`
     missing: list,   # indexes of the tasks without image
+    rows: dict = None,  # of `known_rows`; default: they are read
 ) -> dict:           # image path -> its row
     "One row for each image, in the order of the tasks; rows of other images follow. Writes only what changes."
-    rows, gone, ordered = known_rows(path), {tasks[i].path for i in missing}, {}
+    if rows is None: rows = known_rows(path)
+    gone, ordered = {tasks[i].path for i in missing}, {}
     for t in tasks:
         row = rows.get(t.path, {})
         if t.path not in gone: ordered[t.path] = _row_now(t, row)
