@@ -10,6 +10,7 @@ each takes, beside the memory that the package estimates: generate, annotate (th
 train-reward, score, train-dspo with each objective and a resumed run, evaluate by the heads, inference at half the
 tuning, export for other programs. Weights and results go to --folder, and the same call goes on after the last command
 that was done; in full size 24 GB of memory and 10 GB of disk are needed."""
+from ctypes import CDLL
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
@@ -573,9 +574,10 @@ inference.output = pictures
 """
 
 def how_to(thin):
-    "Settings that differ between the shapes; bfloat16 is slow on most CPUs, but float32 would not fit."
+    "Settings that differ between the shapes. A CPU without products in bfloat16 takes a hundred times as long in it."
     if thin: return dict(dtype="float32", steps=1, batch=12, rows=2)
-    return dict(dtype="bfloat16", steps=2, batch=4, rows=1)
+    quick = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dict(dtype="bfloat16" if quick else "float32", steps=2, batch=4, rows=1)
 
 def prepare_study(folder, side, thin):
     "Weights, prompts and settings in a folder."
@@ -619,33 +621,59 @@ LIBRARIES = ("mhrlhf.tuning.dspo", "mhrlhf.proof.evaluate", "mhrlhf.cli", "open_
              "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl")
 
 def expected_memory(options):
-    "GB of each command, by the estimates that they print on a GPU; CLIP's own weights come to them."
-    from mhrlhf.images.memory import estimate_memory, estimate_update
+    "GB of each command, by the estimates that they print on a GPU, and what a CPU holds beside."
+    from mhrlhf.images.memory import estimate_features, estimate_memory, estimate_update
     from mhrlhf.images.sampler import Sampling
     from mhrlhf.pocket.full_shape import full_backbone, full_networks
     from mhrlhf.tuning.adapters import add_adapter
     meta, cpu, side, how = torch.device("meta"), torch.device("cpu"), options.side, how_to(options.thin)
     kind = getattr(torch, how["dtype"])
-    clip = sum(p.numel() * p.element_size() for p in full_backbone(meta, options.thin).model.parameters()) / GB
+    clip = estimate_features(full_backbone(meta, options.thin).model, IMAGES)
+    def unet(): return full_networks(meta, options.thin, kind)["unet"]
     def sampling(n, guidance=GUIDANCE):
         return estimate_memory(Sampling(1, guidance, n, side, side), n, "weights/sdxl", cpu, kind)
-    looks = sampling(2)
+    kept, looks = adapted_gb(unet()), sampling(2)["total"]  # of the weights that an adapter is merged into
     def tuning(adapter, n):
-        unet = full_networks(meta, options.thin, kind)["unet"]
-        update = estimate_update(unet, lambda copy: add_adapter(copy, adapter), n, side // 8, side // 8, kind, False)
-        return clip + max(looks["total"], looks["weights"] + update)
-    return {"generate": sampling(how["batch"])["total"], "train-reward": clip + sampling(IMAGES, 1.)["total"],
-            "score": clip, "train-dspo": tuning("dora", how["rows"]), "train-dspo of pairs": tuning("lora", 2),
-            "evaluate": clip + looks["total"], "inference": sampling(1)["total"], "export": looks["weights"]}
+        update = estimate_update(unet(), lambda copy: add_adapter(copy, adapter), n, side // 8, side // 8, kind, False)
+        return clip["weights"] + max(kept + looks, sampling(1)["weights"] + update)
+    return {"generate": sampling(how["batch"])["total"], "score": clip["total"],
+            "train-reward": clip["weights"] + sampling(IMAGES, 1.)["total"],
+            "train-dspo": tuning("dora", how["rows"]), "train-dspo of pairs": tuning("lora", 2),
+            "evaluate": clip["weights"] + kept + looks, "inference": kept + sampling(1)["total"],
+            "export": sampling(1)["weights"]}
+
+def adapted_gb(unet):
+    "The weights of the layers that an adapter changes: while it is merged into them, they are kept as they were."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from mhrlhf.tuning.adapters import add_adapter
+    add_adapter(unet, "lora")
+    layers = [m.get_base_layer().weight for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    return sum(weight.numel() * weight.element_size() for weight in layers) / GB
+
+def give_back(from_bytes=2**16):
+    "Let glibc give freed blocks back: between small ones it keeps them, 4 GB after an adapter has been made."
+    mmap_threshold = -3  # of mallopt(3)
+    CDLL(None).mallopt(mmap_threshold, from_bytes)
+
+GLANCE = .05  # seconds between two looks at a process
+
+def held_gb(process):
+    "Memory that a process holds; pages of files do not count, for the system may drop them (Linux)."
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / GB
 
 def peak_of(log, work, *arguments):
     "Work in a process of its own: exit code, seconds of the clock and of all processors, the most memory held, in GB."
     sys.stdout.flush()
     start, child = time.perf_counter(), os.fork()
     if not child: _end_with(log, work, *arguments)
-    _, status, used = os.wait4(child, 0)
+    ended = most = 0
+    while not ended:
+        most = max(most, held_gb(child))
+        time.sleep(GLANCE)
+        ended, status, used = os.wait4(child, os.WNOHANG)
     return dict(code=os.waitstatus_to_exitcode(status), seconds=time.perf_counter() - start,
-                cpu_seconds=used.ru_utime + used.ru_stime, peak_gb=used.ru_maxrss * 1024 / GB)
+                cpu_seconds=used.ru_utime + used.ru_stime, peak_gb=most, with_files_gb=used.ru_maxrss * 1024 / GB)
 
 def _end_with(log, work, *arguments):
     "Work, and end this process; what it says goes into the log."
@@ -672,6 +700,8 @@ class Rehearsal:
         assert peak_of(log, prepare_study, ".", self.options.side, self.options.thin)["code"] == 0, "see log.txt"
         for name in LIBRARIES: import_module(name)
         spare()
+        give_back()
+        if not self.options.thin: torch.set_num_threads = int  # all cores for a command, where it takes one
         self.imports = peak_of(log, int)
         place = Path("expected.json")
         def estimate(): place.write_text(json.dumps(expected_memory(self.options)))
@@ -713,7 +743,8 @@ def measure_cpu(report, options):
     rehearsal = Rehearsal(report, options)
     with open("log.txt", "a") as log:  # nothing is computed in this process: its threads would not be in the others
         rehearsal.begin(log)
-        report.add("weights, imports and estimates", report.spent, "s", imports_gb=rehearsal.imports["peak_gb"])
+        report.add("weights, imports and estimates", report.spent, "s", imports_gb=rehearsal.imports["peak_gb"],
+                   dtype=how_to(options.thin)["dtype"])
         return rehearsal.all(log)
 
 # The command -------------------------------------------------------------------------------------------------

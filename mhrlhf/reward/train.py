@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from ..core.aspects import NAMES
+from ..core.devices import choose_device, choose_dtype
 from ..core.files import InputError, atomic_path, fingerprint, raise_faults, write_json
 from mhrlhf.core.plots import (
     curves_per_aspect, heat_maps, interval_bars, picture_grid, reliability_per_aspect, residuals_per_aspect,
@@ -27,9 +28,11 @@ from mhrlhf.core.plots import (
 )
 from ..core.progress import Progress, plain_faults
 from ..core.settings import TrainRewardSettings
+from ..images.memory import memory_note
 from ..images.metadata import read_metadata
 from ..images.denoiser import Denoiser
 from ..images.models import Backbone, load_backbone, load_pipeline
+from ..images.sampler import Sampling
 from ..ratings.agreement import agreement
 from ..ratings.simulated import is_simulated
 from ..ratings.store import ASIDE, RatingStore, mean_ratings, shown_url
@@ -37,8 +40,8 @@ from .features import FeatureCache, Features, encode_prompts, read_image
 from .heads import Fit, fit_heads, prompt_folds
 from .model import RewardModel, save_model
 from mhrlhf.reward.noise import (
-    NOISE_FILE, RATED_FILE, NoiseHeads, correlation_by_noise, draw, fit_noise_heads, rated_latents, save_noise_heads,
-    save_rated, unet_identity,
+    DRAWS_AT_ONCE, NOISE_FILE, RATED_FILE, NoiseHeads, correlation_by_noise, draw, fit_noise_heads, rated_latents,
+    save_noise_heads, save_rated, unet_identity,
 )
 from .readings import fit_projection, opposite_axes, opposite_pairs, summary
 from mhrlhf.reward.trust import (
@@ -413,6 +416,13 @@ def _say_results(trained, folds, files):
     print("\n".join(map(str, files)))
 
 # %% ../../nbs/reward/47_train.ipynb #c05c83fb
+def _memory(settings):
+    "What the image model will need to look at noisy pictures, and what is free; \"\" on a CPU."
+    s, device = settings, choose_device(settings.device)
+    draws = Sampling(1, 1., DRAWS_AT_ONCE, s.width, s.height)  # a pass without guidance
+    dtype, remedy = choose_dtype(s.dtype, device), "a smaller --width and --height"
+    return memory_note(draws, s.pipeline, device, dtype, s.vae, remedy)
+
 def teach_noise_heads(
     model: RewardModel,
     rated: Rated,
@@ -420,6 +430,7 @@ def teach_noise_heads(
     show=lambda figures: None,  # called with done and total
 ) -> pd.DataFrame:              # r by noise level, see `correlation_by_noise`
     "Train the noise-aware heads on rated pictures and write them beside the model."
+    if note := _memory(settings): show(dict(line=note))
     pipe = load_pipeline(settings.pipeline, settings.device, settings.dtype, settings.vae)
     denoiser = Denoiser(pipe, settings.width, settings.height)
     pictures = [read_image(path) for path in rated.paths]

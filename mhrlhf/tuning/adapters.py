@@ -57,7 +57,7 @@ def merged(
 ):
     "The adapter added into the UNet's weights, inside the block."
     layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
-    kept = [m.get_base_layer().weight.detach().clone() for m in layers]
+    kept = [m.get_base_layer().weight.detach().to("cpu", copy=True) for m in layers]
     try:
         for m, weight in zip(layers, kept): _merge(m, weight, strength)
         yield unet
@@ -68,7 +68,9 @@ def merged(
 def _merge(layer, weight, strength):
     layer.merge()
     changed = layer.get_base_layer().weight
-    if strength != 1.: changed.copy_(weight + strength * (changed - weight))
+    if strength == 1.: return
+    before = weight.to(changed.device)
+    changed.copy_(before + strength * (changed - before))
 
 @torch.no_grad()
 def _restore(layer, weight):

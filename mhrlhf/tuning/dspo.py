@@ -25,7 +25,7 @@ from ..core.plots import heat_maps, history_curves, save_figure
 from ..core.progress import Progress, plain_faults
 from ..core.settings import TrainDSPOSettings
 from ..images.denoiser import Denoiser
-from ..images.memory import GB, estimate_update
+from ..images.memory import GB, estimate_look, estimate_update
 from ..images.models import load_pipeline
 from ..images.sampler import Sampling
 from ..reward.model import RewardModel
@@ -121,16 +121,20 @@ def _plan(run):
             f"{len(run.rated.prompts)} prompts, {len(run.watch.prompts)} prompts watched{_memory(run)}")
 
 def _memory(run):
-    "A line on what an update will need of the GPU's memory, and what is free; \"\" on a CPU."
+    "A line on what an update and a look will need of the GPU's memory, and what is free; \"\" on a CPU."
     s, unet, device = run.settings, run.denoiser.unet, run.denoiser.device
     if device.type != "cuda": return ""
     def adapt(copy): return add_adapter(copy, s.adapter, s.rank, s.layers)
     own, size = len(run.team.deal(s.batch)), run.rated.latents.shape[-2:]
-    with torch.random.fork_rng([device]): need = estimate_update(unet, adapt, own, *size, unet.dtype)
+    shown = min(run.watch.sampling.batch, len(run.team.deal(len(run.watch.prompts))))
+    with torch.random.fork_rng([device]): update = estimate_update(unet, adapt, own, *size, unet.dtype)
+    look = estimate_look(unet, run.denoiser.pipe.vae, shown, s.guidance_scale > 1, *size, unet.dtype)
     free = torch.cuda.mem_get_info(device)[0] / GB
     held = torch.cuda.memory_allocated(device) / GB
-    note = f"\nmemory: {held:.1f} GB are loaded, an update will need about {need:.1f} GB, {free:.1f} GB are free"
-    return note if need <= free else note + "; that will hardly do: a smaller --batch or --rank, or --adapter lora"
+    note = (f"\nmemory: {held:.1f} GB are loaded, an update will need about {update:.1f} GB, a look {look:.1f} GB, "
+            f"{free:.1f} GB are free")
+    if max(update, look) <= free: return note
+    return note + "; that will hardly do: a smaller --batch or --rank, or --adapter lora"
 
 # %% ../../nbs/tuning/56_dspo.ipynb #f19555b4
 class Guard:
