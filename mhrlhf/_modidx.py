@@ -1053,6 +1053,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'mhrlhf.ratings.annotate._invite': ('ratings/annotate.html#_invite', 'mhrlhf/ratings/annotate.py'),
                                          'mhrlhf.ratings.annotate._named_by_file': ( 'ratings/annotate.html#_named_by_file',
                                                                                      'mhrlhf/ratings/annotate.py'),
+                                         'mhrlhf.ratings.annotate._of_nobody': ( 'ratings/annotate.html#_of_nobody',
+                                                                                 'mhrlhf/ratings/annotate.py'),
                                          'mhrlhf.ratings.annotate._open_pocket_image': ( 'ratings/annotate.html#_open_pocket_image',
                                                                                          'mhrlhf/ratings/annotate.py'),
                                          'mhrlhf.ratings.annotate._opened': ('ratings/annotate.html#_opened', 'mhrlhf/ratings/annotate.py'),

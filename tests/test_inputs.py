@@ -107,6 +107,14 @@ def test_label_studio_fields_and_encodings(kind, value, encoding, project, capsy
     code, found, _ = read(capsys, "export.json")
     assert code == 0 and found == {("1", FOX, a): 7 for a in NAMES}
 
+def test_a_table_of_people_that_names_nobody_is_told(project, capsys):
+    Path("export.json").write_text(json.dumps([label_studio(("style", "number", 7))]))
+    for user, code in (("ann@lab.org", 2), ("1", 0)):
+        Path("people.csv").write_text(f"user,rater\n{user},Ann\n")
+        ended, found, said = read(capsys, "export.json", "--people", "people.csv")
+        assert ended == code and ("people.csv: nobody named there has rated anything" in said.err) == bool(code)
+    assert found["Ann", FOX, "style"] == 7
+
 def test_label_studio_minimal_and_csv(project, capsys):
     cells = dict(spatial=[dict(rating=7)], style="5", material=[dict(number=0)])
     Path("min.json").write_text(json.dumps([dict(id=1, annotation_id=2, annotator=3, image_path=FOX) | cells]))

@@ -192,7 +192,13 @@ def _read(settings, known, store):
         stored, found = _read_one(path, settings, known, store)
         print(f"{path}: {stored} new ratings{_named_by_file(path)}")
         faults += found
-    return faults
+    return faults + (_of_nobody(settings.people, store) if settings.read and settings.people else [])
+
+def _of_nobody(path, store):
+    "The fault of a table of people that has named nobody."
+    if {*read_people(path).values()} & {*store.ratings().rater}: return []
+    return [f"{path}: nobody named there has rated anything; its column user must hold the name, number or UUID "
+            "that the other tool has for a person"]
 
 # %% ../../nbs/ratings/39_annotate.ipynb #a8e972e5
 def _write(settings, images, store):
