@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 
 GB = 2**30
@@ -108,7 +109,7 @@ def seconds_of(work, times=3, warm=1):
 def describe(report, device):
     import diffusers, transformers
     name = torch.cuda.get_device_name() if on_gpu() else platform.processor() or platform.machine()
-    memory = torch.cuda.get_device_properties(0).total_memory / GB if on_gpu() else float("nan")
+    memory = torch.cuda.get_device_properties(0).total_memory / GB if on_gpu() else psutil.virtual_memory().total / GB
     report.machine = dict(device=name, memory_gb=round(memory, 1), cores=os.cpu_count(), torch=torch.__version__,
                           diffusers=diffusers.__version__, transformers=transformers.__version__,
                           python=platform.python_version())
