@@ -23,7 +23,8 @@ PATIENCE = 400  # seconds that a host may take to find that another one is gone
 MHRLHF = [sys.executable, "-c", "import sys; from mhrlhf.cli import main; sys.exit(main())"]
 SETTINGS = ["--settings", str(ROOT / "settings.ini")]
 ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT), PROFILE="pocket")
-SLURM = dict(SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1", SLURM_CPUS_PER_TASK="1", SLURM_JOB_NODELIST="both")
+SLURM = dict(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="both", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1",
+             SLURM_CPUS_PER_TASK="1")
 COMMANDS = {  # SLURM's own, as far as the script needs them: here each host is told its number beforehand
     "srun": '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
     "scontrol": "#!/bin/bash\nprintf '%s\\n' " + " ".join(ADDRESSES) + "\n"}

@@ -2,6 +2,7 @@
 import, and no others; what they use must come from such cells. Commands, options, settings and names in prose are
 looked up; nothing is run. The site itself: tests/test_site.py."""
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 from types import SimpleNamespace
 import ast, builtins, configparser, dis, re, shlex, sys
@@ -69,6 +70,11 @@ def stage_runs(words, monkeypatch):
     try: return "" if cli.main(words) == 0 else f"{words}: exit code"
     except SystemExit as e: return "" if e.code in (0, None) else f"{words}: refused"
 
+def submitted(words, monkeypatch):
+    "What is wrong with a job: its script must be there, and what follows it is a stage with its options."
+    script, *stage = dropwhile(lambda word: word.startswith("--"), words)
+    return stage_runs(stage, monkeypatch) if (ROOT / script).is_file() else f"no {script}"
+
 def fault(command, monkeypatch):
     "What is wrong with a command that a page shows, or an empty text."
     words = [w for w in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=(?!\S* )\S*$", w)]
@@ -80,6 +86,7 @@ def fault(command, monkeypatch):
         stage = TARGETS[target]
         return stage_runs([stage, *arguments], monkeypatch) if stage and arguments else ""
     if words[0] == "mhrlhf": return stage_runs(words[1:], monkeypatch) if words[1:] != ["STAGE", "--help"] else ""
+    if words[0] == "sbatch": return submitted(words[1:], monkeypatch)
     if words[:2] == ["python", "inference.py"]: return stage_runs(["inference", *words[2:]], monkeypatch)
     if words[0] == "python": return "" if (ROOT / words[1]).exists() or words[1] in ("-m", "-c") else f"no {words[1]}"
     return "" if words[0] in OTHERS or words[0].startswith("#") else f"unknown command {words[0]}"
@@ -111,6 +118,8 @@ def test_commands_in_prose_are_understood(path, monkeypatch):
     ("mhrlhf train-dspo --objective none", False), ("PROFILE=sdxl mhrlhf generate", True),
     ('python inference.py --model x --prompt "a b"', True), ("python missing.py", False), ("rm -rf x", False),
     ("mhrlhf generate --steps 0", False), ("# a remark", True),
+    ("sbatch --nodes=2 slurm/stage.sbatch generate --steps 3", True), ("sbatch slurm/stage.sbatch generat", False),
+    ("sbatch slurm/none.sbatch generate", False),
 ])
 def test_a_wrong_command_is_seen(command, good, monkeypatch, capsys):
     assert (fault(command, monkeypatch) == "") == good

@@ -40,9 +40,10 @@ def sweep_parts(
 ):
     "Remove what a crash left of images that were being written."
     for folder in {os.path.dirname(t.path) for t in tasks}:
-        if not os.path.isdir(folder): continue
-        for entry in os.scandir(folder):
-            if entry.name.endswith(PART): os.unlink(entry.path)
+        try: names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError): continue
+        for name in names:
+            if name.endswith(PART): os.unlink(os.path.join(folder, name))
 
 # %% ../../nbs/images/15_queue.ipynb #de0f3ed4
 class Queue:
