@@ -10,8 +10,8 @@ each takes, beside the memory that the package estimates: generate, annotate (th
 train-reward, score, train-dspo with each objective and a resumed run, evaluate by the heads, inference at half the
 tuning, export for other programs. Weights and results go to --folder, and the same call goes on after the last command
 that was done; in full size 24 GB of memory and 10 GB of disk are needed."""
-from ctypes import CDLL
 from contextlib import ExitStack, contextmanager, nullcontext
+from ctypes import CDLL
 from functools import partial
 from importlib import import_module
 from pathlib import Path

@@ -1,6 +1,5 @@
 """The workflow's commands on SDXL and ViT-L/14 in their own shapes, with random weights and an eighth of the width:
 what only holds for the pocket shows itself here. The ratings are RANDOM; no figure means anything."""
-from importlib import util
 from pathlib import Path
 import importlib, json
 
@@ -12,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from benchmark import the_benchmark
 from mhrlhf.cli import main
 from mhrlhf.images.models import load_backbone, load_pipeline
 from mhrlhf.proof.inference import load_adapter
@@ -20,13 +20,6 @@ from mhrlhf.tuning.adapters import ADAPTER_FILE, LAYERS, merged, reference_of
 ROOT = Path(__file__).parent.parent
 SIDE = 32  # pixels
 FEW = ("attn2.to_v",)  # layers with an adapter, for all objectives but the first: 70 of 560
-
-def the_benchmark():
-    "`benchmarks/full_size.py`, whose commands these are."
-    spec = util.spec_from_file_location("full_size", ROOT / "benchmarks/full_size.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 def the_reader():
     "What notebook 69 reads kohya's format with, as ComfyUI does and apart from what writes it."
@@ -121,7 +114,7 @@ def check_merges(pipe):
     assert (said_of(unet.to(torch.bfloat16)) - beside).norm() < .1 * beside.norm()
 
 def test_every_command_on_the_full_shapes_made_thin(tmp_path, monkeypatch, capsys, held):
-    bench = the_benchmark()
+    bench = the_benchmark("full_size")
     bench.spare(monkeypatch.setattr)
     bench.prepare_study(tmp_path, SIDE, thin=True)
     monkeypatch.chdir(tmp_path)

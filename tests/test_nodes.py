@@ -1,19 +1,13 @@
 """Two hosts on one machine, as two network namespaces that share nothing but a disk: the script for a cluster."""
-from importlib import util
 from pathlib import Path
 import os, shutil, subprocess
 
 import pytest
 
+from benchmark import the_benchmark
+
 ROOT = Path(__file__).parent.parent
 IMAGES = 16
-
-def the_benchmark():
-    "`benchmarks/nodes.py`, whose hosts these are."
-    spec = util.spec_from_file_location("nodes", ROOT / "benchmarks/nodes.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 def has_namespaces():
     "Whether network namespaces can be made here: by root on Linux, with iproute2."
@@ -28,7 +22,7 @@ def test_the_script_for_a_cluster_is_sound():
 
 @pytest.mark.skipif(not has_namespaces(), reason="network namespaces cannot be made here")
 def test_two_hosts_make_the_images_of_one_process(tmp_path, monkeypatch):
-    nodes = the_benchmark()
+    nodes = the_benchmark("nodes")
     nodes.prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     with nodes.two_hosts() as hosts, open("log.txt", "w") as log:
